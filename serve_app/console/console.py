@@ -84,7 +84,7 @@ class ServedConsole:
         self._reading: asyncio.Task[None] | None = None
         self._event_id = 0
         self._mark: Mark = (0, 0)
-        self._slot = slot_of(clock())
+        self._slot, self._told_at = slot_of(clock()), clock()
         self._polled_at = float("-inf")
         self._is_asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -231,8 +231,10 @@ class ServedConsole:
             slot = slot_of(now)
             rings = self.ledger.rings()
             slots = range(max(min(self._slot, slot), slot - INTERVALS + 1), slot + 1)
+            late = [each for each in self.ledger.traffic.late(self._told_at) if slot - INTERVALS < each < slots[0]]
+            self._told_at = now
             news = News(
-                {each: last_values(rings, each, now) for each in slots},
+                {each: last_values(rings, each, now) for each in [*late, *slots]},
                 self.ledger.events.since(self._event_id),
                 self.ledger.rows_since(self._mark),
             )

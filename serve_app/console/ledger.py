@@ -13,7 +13,7 @@ from serve_app.console.prompts import prompt_of
 from serve_app.console.requests import MOST_REQUESTS, RequestLog, Row, is_error
 from serve_app.console.shared import OtherRouter, Record, rings_of_all
 from serve_app.console.snapshot import Queued
-from serve_app.console.traffic import Rings, Traffic
+from serve_app.console.traffic import LATE_S, Rings, Traffic
 from serve_app.errors import ModelUnavailable
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
@@ -84,7 +84,10 @@ class Ledger:
             is_stream = exchange.downstream.meter.is_stream  # Another answer comes whole, so it has no first token.
             first = exchange.timing.to_first_s if exchange.timing.first and is_stream else None
             self.traffic.ended(now, model, is_error(exchange), first)
-            self.traffic.made(now, model, running.tokens(is_over=True))
+            if is_stream:
+                self.traffic.made(now, model, running.tokens(is_over=True))
+            else:
+                self.traffic.made_since(running.time, now, model, running.tokens(is_over=True))
         if outcome == "refused":
             self._joined.add("refused", "" if model == UNKNOWN else model, code or str(exchange.downstream.status))
         elif outcome == "failed" and code == ModelUnavailable.code:
@@ -164,7 +167,9 @@ class Ledger:
         return sorted([*own, *others], key=lambda row: row.id)[-MOST_REQUESTS:]
 
     def record(self, since_slot: int) -> Record:
-        """Returns what other routers are told, with the traffic from an interval on."""
+        """Returns what other routers are told, with the traffic from an interval on, or from an earlier one that has
+        changed since."""
+        since_slot = min([since_slot, *self.traffic.late(self._clock() - LATE_S)])
         return Record(
             self._clock(), self.traffic.first_slot, self.traffic.rings(since_slot), self.queued(),
             self.requests.rows()[-MOST_SHARED_ROWS:], list(self._own_events),

@@ -116,7 +116,6 @@ _PLAN = _object(
     fixes=_list(_object(model=_TEXT, text=_TEXT, effect=_TEXT)),
     yaml=_TEXT_OR_NONE,
     notes=_list(_TEXT),
-    files={"type": "array"},
 )
 _ACTION = _object(model=_TEXT, has_begun=_FLAG, message=_TEXT)
 _RELOAD = _object(file=_TEXT, node=_TEXT, changes=_list(_TEXT))

@@ -63,8 +63,10 @@ class Running:
 
     def tokens(self, is_over: bool) -> int:
         """Returns the tokens of the answer that were not counted yet, by its events while it streams, and by its usage
-        at the end, if it has one."""
+        at the end, if it has one. Those of an answer that comes whole count at its end alone."""
         meter = self.exchange.downstream.meter
+        if not is_over and not meter.is_stream:
+            return 0
         said = meter.usage.completion
         made = (said or meter.events) if is_over else max(said, meter.events)
         new = max(0, made - self.counted)

@@ -12,6 +12,8 @@ import msgspec
 
 INTERVAL_S = 5
 INTERVALS = 120
+# Changes of intervals that have ended are known for so many seconds, in which pages and other routers are told them.
+LATE_S = 15.0
 # A doubling of the time has this many bins.
 BINS = 8
 # Times outside of these many seconds are counted as the nearest of them.
@@ -57,6 +59,8 @@ class Traffic:
     def __init__(self, began: float):
         self.first_slot = slot_of(began)
         self._rings: Rings = {}
+        # When an interval was counted in that had ended, for those of the last `LATE_S`.
+        self._late: dict[int, float] = {}
 
     def ended(self, now: float, model: str, is_error: bool, first_s: float | None) -> None:
         """Counts a request that is over. `first_s` is the time to the first piece of its answer, if there was one."""
@@ -71,6 +75,27 @@ class Traffic:
         """Counts tokens of answers."""
         if tokens > 0:
             self._entry(now, model).tokens += tokens
+
+    def made_since(self, began: float, now: float, model: str, tokens: int) -> None:
+        """Counts tokens of an answer that came whole, as if they had been made evenly from `began` until now."""
+        last = slot_of(now)
+        first = min(last, max(slot_of(began), self.first_slot, last - INTERVALS + 1))
+        begins = min(now, max(began, float(first * INTERVAL_S)))
+        told = 0
+        for slot in range(first, last + 1):
+            ends = min(now, float((slot + 1) * INTERVAL_S))
+            due = tokens if slot == last else int(tokens * (ends - begins) / (now - begins))
+            self.made(ends if slot == last else float(slot * INTERVAL_S), model, due - told)
+            told = due
+            if slot < last:
+                self._late[slot] = now
+
+    def late(self, since: float) -> list[int]:
+        """Returns the intervals that had ended when they were counted in after the time `since`, which is at most
+        `LATE_S` ago."""
+        newest = max(self._late.values(), default=0.0)
+        self._late = {slot: at for slot, at in self._late.items() if newest - at < LATE_S}
+        return sorted(slot for slot, at in self._late.items() if at > since)
 
     def seen(self, now: float, model: str, waiting: int, active: int) -> None:
         """Notes how many requests wait and run now."""

@@ -240,6 +240,34 @@ async def test_a_page_that_opens_between_two_ticks_is_told_each_event_once() -> 
         await stream.leave()
 
 
+async def test_a_page_is_told_of_earlier_intervals_that_have_changed() -> None:
+    """An answer that comes whole has made its tokens in all of its time. They are told once."""
+    models = Models(m=says(b'{"usage":{"prompt_tokens":1,"completion_tokens":30,"total_tokens":31}}'))
+    console, app = console_app(open_gate(), upstream=models, directory=models)
+    now = BEGINS
+    console._clock = console.ledger._clock = console.ledger.requests._clock = lambda: now
+    stream = Stream(app)
+    (_, state) = await stream.next()
+    exchanges: list[Any] = []
+    ended = console.ended
+    console.ended = exchanges.append  # type: ignore[method-assign]
+    await ask(app, {})
+    now += 12.0
+    await console.tick()
+    await stream.next()
+    now += 0.5
+    ended(*exchanges)
+    await console.tick()
+    told = [delta["traffic"] for delta in await stream.all_of_the_next()]
+    slot = state["traffic"]["slot"]
+    assert [(each["slot"], each["models"]["m"]["tokens_per_s"]) for each in told] == [
+        (slot, 2.4), (slot + 1, 2.4), (slot + 2, 2.4),
+    ]  # fmt: skip
+    await console.tick()
+    assert len(await stream.all_of_the_next()) == 1
+    await stream.leave()
+
+
 async def test_a_late_page_ends_with_the_same_models_as_an_early_one() -> None:
     """Also if a model is again what the early page was told, after it was something else when the late page opened."""
     directory = ModelsFake(m="ready", other="ready")

@@ -24,6 +24,31 @@ def test_requests_are_counted_in_the_interval_in_which_they_end() -> None:
     assert series["ttft_p50_s"][1] is None
 
 
+def test_tokens_of_a_whole_answer_are_those_of_its_time() -> None:
+    """Of all intervals since it began, to the token. Those that had ended are known as changed for a while."""
+    traffic = Traffic(1000.0)
+    traffic.made_since(1002.5, 1012.5, "m", 101)
+    series = whole_series(traffic.rings(), 1012.5, traffic.first_slot)["m"]
+    assert [round(rate * s) for rate, s in zip(series["tokens_per_s"], (5, 5, 2.5), strict=True)] == [25, 50, 26]
+    slot = slot_of(1000.0)
+    assert traffic.late(1012.0) == [slot, slot + 1]
+    assert traffic.late(1012.5) == []
+    traffic.made_since(1013.0, 1013.0, "m", 7)
+    traffic.made_since(0.0, 1016.0, "m", 16)  # It began before this was counted.
+    assert sum(entry.tokens for entry in traffic.rings()["m"].values()) == 101 + 7 + 16
+    assert min(traffic.rings()["m"]) == slot
+    traffic.made_since(1029.0, 1031.0, "m", 2)
+    assert traffic.late(0.0) == [slot + 5]
+
+
+def test_a_very_long_answer_is_counted_in_the_last_ten_minutes() -> None:
+    """All of its tokens, and no older interval is kept."""
+    traffic = Traffic(0.0)
+    traffic.made_since(1.0, 10_001.0, "m", 999)
+    assert sum(entry.tokens for entry in traffic.rings()["m"].values()) == 999
+    assert len(traffic.rings()["m"]) == INTERVALS
+
+
 def test_an_interval_that_runs_has_the_rate_of_its_seconds_so_far() -> None:
     """So a page does not see a rate that rises for five seconds and falls again."""
     traffic = Traffic(1000.0)

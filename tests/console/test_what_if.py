@@ -49,7 +49,8 @@ def holding(name: str, gib: float) -> RunningModel:
 async def test_a_file_comes_back_with_what_was_chosen() -> None:
     """Its comments stay, and the plan is that of the terminal, as a text and as data."""
     told = await plan({"yaml": FILE})
-    assert (told["fits"], told["fixes"], told["files"]) == (True, [], [])
+    assert (told["fits"], told["fixes"]) == (True, [])
+    assert told.keys() == {"fits", "text", "plan", "fixes", "yaml", "notes"}
     assert told["text"].endswith("Everything fits.")
     assert "\x1b" not in told["text"]
     assert told["plan"]["models"][0]["max_model_len"] == 512

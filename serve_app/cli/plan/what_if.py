@@ -80,7 +80,6 @@ def answer(job: PlanJob) -> dict[str, Any]:
         "fixes": [{"model": fix.model, "text": fix.text, "effect": fix.effect} for fix in fixes],
         "yaml": file,
         "notes": [*change, *more, *dict.fromkeys(told)],
-        "files": [],
     }
 
 

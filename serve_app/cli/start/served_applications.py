@@ -23,4 +23,4 @@ def same_application(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         )
     except (ValidationError, ValueError):  # A policy may be none that this program can import.
         return False
-    return first == second
+    return bool(first == second)

@@ -41,29 +41,34 @@ export function same(old, next) {
   return isSame ? old : made;
 }
 
-// Returns the series with the values of one slot. Slots in between, of which no value is known, are empty.
+// Returns the series with the values of one slot, which may be an earlier one. Slots in between, of which no value is
+// known, are empty.
 function withTraffic(traffic, delta) {
-  const steps = Math.max(0, delta.slot - traffic.slot);
+  const [steps, back] = [Math.max(0, delta.slot - traffic.slot), Math.max(0, traffic.slot - delta.slot)];
   const models = {};
   for (const name of new Set([...Object.keys(traffic.models), ...Object.keys(delta.models || {})])) {
     const [series, values] = [traffic.models[name], delta.models?.[name] || {}];
-    models[name] = series && steps === 0 && hasLast(series, values) ? series : withSlot(series || {}, values, steps);
+    models[name] = series && steps === 0 && has(series, values, back) ? series : withSlot(series || {}, values, steps, back);
   }
   return { ...traffic, slot: Math.max(traffic.slot, delta.slot), models };
 }
 
-// Returns whether the last values of these series are those, so that nothing is drawn again.
-function hasLast(series, values) {
-  return Object.entries(values).every(([name, value]) => series[name]?.length > 0 && series[name][series[name].length - 1] === value);
+// Returns whether these series have the values already, `back` entries before their last ones, so that nothing is drawn
+// again.
+function has(series, values, back) {
+  return Object.entries(values).every(([name, value]) => series[name]?.length > back && series[name][series[name].length - 1 - back] === value);
 }
 
-function withSlot(series, values, steps) {
+function withSlot(series, values, steps, back) {
   const made = {};
   for (const name of new Set([...Object.keys(series), ...Object.keys(values)])) {
     const old = series[name] || [];
     const empty = name.startsWith("ttft") ? null : 0;
     const kept = steps ? [...old, ...Array(Math.min(steps, SLOTS)).fill(empty)] : [...old];
-    if (name in values) kept[Math.max(0, kept.length - 1)] = values[name];
+    if (name in values) {
+      while (kept.length <= back) kept.unshift(empty);
+      kept[kept.length - 1 - back] = values[name];
+    }
     made[name] = kept.slice(-SLOTS);
   }
   return made;

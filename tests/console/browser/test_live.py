@@ -301,3 +301,23 @@ def test_the_colours_are_chosen_and_remembered(open_page: Open) -> None:
     page.reload()
     expect(page.get_by_label("Colours")).to_have_value("dark")
     assert page.evaluate(back) == dark
+
+
+def test_an_earlier_slot_is_changed_in_its_place(open_page: Open) -> None:
+    """The tokens of an answer that comes whole are told so. A model without series yet gets them up to now."""
+    page = open_page().open()
+    models: Any = page.evaluate(
+        """async () => {
+          const { withDelta } = await import("./assets/state.js");
+          const series = () => ({ tokens_per_s: [1, 2, 3], ttft_p50_s: [0.1, null, 0.2] });
+          const traffic = { interval_s: 5, slot: 10, models: { a: series(), b: series() } };
+          const seen = { events: [], requests: [], traffic, nodes: [], models: [] };
+          const values = { tokens_per_s: 9, ttft_p50_s: null };
+          const next = withDelta(seen, { traffic: { slot: 9, models: { a: values, c: values } } });
+          return [next.traffic.slot, next.traffic.models, next.traffic.models.b === traffic.models.b];
+        }"""
+    )
+    slot, found, is_same = models
+    assert (slot, is_same) == (10, True)
+    assert found["a"] == {"tokens_per_s": [1, 9, 3], "ttft_p50_s": [0.1, None, 0.2]}
+    assert found["c"] == {"tokens_per_s": [9, 0], "ttft_p50_s": [None, None]}

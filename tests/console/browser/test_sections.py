@@ -67,7 +67,7 @@ def plan(text: str = "qwen fits.", fits: bool = False) -> dict[str, Any]:
     model = {"name": text, "replica": 0, "backend": "vllm", "ranks": [rank]}
     return {
         "fits": fits, "text": text, "plan": {"fits": fits, "gpus": [gpu], "models": [model]},
-        "fixes": [{"model": text, "text": text, "effect": text}], "yaml": text, "notes": [text], "files": [],
+        "fixes": [{"model": text, "text": text, "effect": text}], "yaml": text, "notes": [text],
     }  # fmt: skip
 
 
