@@ -118,7 +118,7 @@ export function Problem({ error }) {
   if (!error) return null;
   const which = [error.status, error.code].filter(Boolean).join(", ");
   return html`<div class="problem" role="alert">
-    <strong>${`Error ${which}`}</strong>
+    <strong>${which ? `Error ${which}` : "Error"}</strong>
     <p class="pre">${error.message}</p>
   </div>`;
 }
