@@ -11,7 +11,7 @@ import { Memory, keyed } from "./memory.js";
 import { Models } from "./models.js";
 import { Playground } from "./playground.js";
 import { Requests } from "./requests.js";
-import { withDelta } from "./state.js";
+import { stateOf, withDelta } from "./state.js";
 import { WhatIf } from "./what_if.js";
 
 const TABS = [
@@ -198,7 +198,7 @@ function Sums({ state }) {
   const devices = state.nodes.flatMap((node) => node.devices);
   const gpus = devices.filter(isGpu);
   const sum = totals(gpus.length ? gpus : devices);
-  const ready = state.models.filter((model) => model.state === "ready").length;
+  const ready = state.models.filter((model) => stateOf(model) === "ready").length;
   const add = (name) => Object.values(state.traffic.models).reduce((all, series) => all + ((series[name] || []).slice(-2)[0] ?? 0), 0);
   const waiting = state.models.reduce((all, model) => all + (model.waiting || 0) + (model.held || 0), 0);
   const facts = [

@@ -5,7 +5,8 @@ import { Bar, Legend, Swatch, isOver } from "./bar.js";
 import { Line } from "./events.js";
 import { age, bytes, clock, plural } from "./format.js";
 import { PARTS, PART_NAMES, deviceName, foreignName, isAway, isGpu, layoutOf, modelName, scaleOf, sumsOf, totals } from "./layout.js";
-import { Badge, Choice, Empty, Memo } from "./widgets.js";
+import { stateOf } from "./state.js";
+import { Badge, Choice, Empty, Memo, isHandheld } from "./widgets.js";
 
 // A measurement that is older than this is told to be old, in seconds.
 const OLD_S = 30;
@@ -245,7 +246,7 @@ function Overall({ nodes }) {
         </table>
         ${sum.away > 0 && html`<p class="note">The plans of parked and leaving models (${bytes(sum.away)}) are not counted. They share memory with models that have it now.</p>`}`;
       })}
-    <p class="note">Point at a block of the map, or go to it with the Tab and arrow keys, and its figures are shown here. Enter keeps them.</p>`;
+    <p class="note">${isHandheld() ? "Touch a block of the map, and its figures are shown here." : "Point at a block of the map, or go to it with the Tab and arrow keys, and its figures are shown here. Enter keeps them."}</p>`;
 }
 
 function BlockDetail({ node, device, block, isPinned, unpin, now }) {
@@ -307,9 +308,9 @@ function Table({ nodes, dim }) {
     node.devices.flatMap((device) => device.blocks.map((block) => ({ node, device, block }))),
   );
   const shown = dim ? rows.filter((row) => row.block.model === dim) : rows;
-  return html`<div class="scroll" tabindex="0" role="region" aria-label="Memory as a table">
-    <table class="grid">
-      <caption>Planned and held memory of each model on each device. Where two figures stand in a cell, the first is held and the second planned.</caption>
+  return html`<p class="note" id="memory-table">Planned and held memory of each model on each device. Where two figures stand in a cell, the first is held and the second planned.</p>
+  <div class="scroll" tabindex="0" role="region" aria-label="Memory as a table">
+    <table class="grid" aria-describedby="memory-table">
       <thead>
         <tr>
           ${["Node", "Device", "Model", "Replica", "State"].map((text) => html`<th scope="col">${text}</th>`)}
@@ -393,7 +394,7 @@ function Holders({ nodes, models: there }) {
             const model = models.get(name);
             return html`<tr>
               <th scope="row">${name ?? "other models"}</th>
-              <td>${model ? html`<${Badge} state=${model.state} />` : ""}</td>
+              <td>${model ? html`<${Badge} state=${stateOf(model)} />` : ""}</td>
               <td>${model?.backend ?? ""}</td>
               <td class="num">${model ? `${model.running}/${model.wanted}` : ""}</td>
               <td class="num">${own.length}</td>

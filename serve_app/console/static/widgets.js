@@ -127,6 +127,11 @@ export function Empty({ children }) {
   return html`<p class="empty">${children}</p>`;
 }
 
+// Returns whether the reader has a small or a touched screen rather than a keyboard and a pointer.
+export function isHandheld() {
+  return matchMedia("(max-width: 720px), (hover: none)").matches;
+}
+
 // Offers a text as a file.
 export function download(name, text) {
   const link = document.createElement("a");
