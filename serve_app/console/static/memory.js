@@ -13,6 +13,8 @@ const OLD_S = 30;
 // Models that take less than this share of the width are drawn a second time, closer.
 const CLOSER = 0.2;
 const LAST_EVENTS = 5;
+const GROWTH =
+  "Of a node's memory, a model holds what its process has grown by since before the load. That includes what the C library and others keep for themselves, which no plan counts, so a small model may hold several times its plan.";
 
 export class Memory extends Component {
   constructor(props) {
@@ -281,6 +283,7 @@ function BlockDetail({ node, device, block, isPinned, unpin, now }) {
         )}
       </tbody>
     </table>`}
+    ${!isGpu(device) && isOver(block) && html`<p class="note">${GROWTH}</p>`}
     <p class="note">${device.measured_at === null ? "No replica has measured this device." : `Measured ${age(device.measured_at, now)} ago, at ${clock(device.measured_at)}.`}</p>`;
 }
 
@@ -377,6 +380,7 @@ function Holders({ nodes, models: there }) {
     }
   }
   if (!blocks.size) return null;
+  const hasGrown = nodes.some((node) => node.devices.some((device) => !isGpu(device) && device.blocks.some(isOver)));
   const models = new Map(there.map((model) => [model.name, model]));
   return html`<section class="panel" aria-labelledby="holders">
     <h3 id="holders">Memory by model</h3>
@@ -408,5 +412,6 @@ function Holders({ nodes, models: there }) {
         </tbody>
       </table>
     </div>
+    ${hasGrown && html`<p class="note">${GROWTH}</p>`}
   </section>`;
 }

@@ -331,3 +331,35 @@ def test_a_phone_is_not_told_of_keys(open_page: Open) -> None:
     page = open_page(size=PHONE).open()
     expect(page.locator(".detail")).to_contain_text("Touch a block of the map")
     expect(page.locator(".detail")).not_to_contain_text("arrow keys")
+
+
+def test_more_than_the_plan_on_the_cpu_is_explained(open_page: Open, scripted: Scripted) -> None:
+    """It has what libraries keep. On a GPU, it is no matter of course."""
+    page = open_page().open()
+    reason = page.get_by_text("what the C library and others keep for themselves")
+    expect(page.locator("section[aria-labelledby=holders]")).to_be_visible()
+    expect(reason).to_have_count(0)
+    nodes = states.demo()["nodes"]
+    nodes[0]["devices"][0]["blocks"][0] = states.block("tiny-pt", states.GIB, 3.4, 1)
+    scripted.push(nodes=nodes)
+    expect(reason).to_have_count(1)
+    page.locator("g.block").first.click()
+    expect(page.locator(".detail")).to_contain_text("what the C library and others keep for themselves")
+    nodes[0]["devices"] = [states.device(0, "L4", 24 * states.GIB, nodes[0]["devices"][0]["blocks"], now=1.0)]
+    scripted.push(nodes=nodes)
+    expect(page.locator(".detail")).to_contain_text("GPUs")
+    expect(reason).to_have_count(0)
+
+
+@pytest.mark.parametrize("section", ["memory", "events"])
+def test_labels_beside_long_names_stay_whole_on_a_phone(open_page: Open, scripted: Scripted, section: str) -> None:
+    """The list of models is cut instead."""
+    name = "model-" + "x" * 109
+    found = states.demo()
+    found["events"].append(states.event(9, "ready", name, "It is ready.", 0.0))
+    found["nodes"][0]["devices"][0]["blocks"].append(states.block(name, states.GIB, 0.5, 7))
+    scripted.state = lambda: found
+    page = open_page(size=PHONE).open(section)
+    labels = page.locator(f"#panel-{section} label.inline")
+    expect(labels.last).to_be_visible()
+    assert all(each.evaluate("e => e.getBoundingClientRect().height") < 40 for each in labels.all())
