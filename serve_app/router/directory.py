@@ -24,6 +24,8 @@ from serve_app.router.model_status import ModelStatus, adapter_statuses, may_liv
 
 logger = logging.getLogger("ray.serve")
 
+# The least that clients are told to wait for a load, also once it takes longer than the last one.
+LEAST_WAIT_S = 1.0
 # A client is told to wait this many seconds for a model of which nothing better is known.
 RETRY_LOADING_S = 10.0
 RETRY_FAILED_S = 60.0
@@ -186,7 +188,7 @@ class ModelDirectory:
         which none was seen comes with its model."""
         last = self._load_times.get(name, self._load_times.get(self.application(name), RETRY_LOADING_S))
         since = self._loading_since.get(name, self._waking_since.get(name))
-        return max(1.0, last - (time.monotonic() - since)) if since is not None else last
+        return max(LEAST_WAIT_S, last - (time.monotonic() - since)) if since is not None else last
 
     def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
         """Returns the status for clients. A model that a request has woken is loading, though Serve does not say so."""

@@ -23,6 +23,7 @@ from serve_app.console.moment import deltas_for, state_of
 from serve_app.console.traffic import INTERVAL_S
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
+from serve_app.router.directory import LEAST_WAIT_S
 from serve_app.router.residency import Residency
 from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 from serve_app.status.reader import Reading
@@ -537,3 +538,16 @@ async def test_streams_end_when_the_console_is_switched_off() -> None:
     async with asyncio.timeout(5):
         await stream.task
     assert await status_of(app, {}) == 404
+
+
+async def test_when_a_model_is_ready_is_not_told_once_the_estimate_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients are told to wait the least time then, which is no estimate."""
+    directory = ModelsFake(m="loading")
+    console, _ = console_app(open_gate(), directory=directory)
+    await console.ledger.tick()
+    await console.watch.read()
+    for left_s, told in ((12.34, 12.3), (LEAST_WAIT_S, None)):
+        monkeypatch.setattr(directory, "load_time_s", lambda _, left_s=left_s: left_s)
+        snapshot = console.watch.now()
+        assert snapshot is not None
+        assert snapshot.ready_in_s["m"] == told

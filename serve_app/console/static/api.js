@@ -24,21 +24,36 @@ export class ApiError extends Error {
 }
 
 // Returns the response to a request below /ui/ ("api/state") or below the server ("/v1/models"). Throws ApiError for
-// every status but 2xx, and TypeError where nobody answers.
+// every status but 2xx, and one without a status where nobody answers.
 export async function ask(path, { body, signal, method } = {}) {
-  const headers = {};
-  if (key !== null) headers.authorization = `Bearer ${key}`;
-  if (body !== undefined) headers["content-type"] = "application/json";
-  const response = await fetch(path.startsWith("/") ? SERVER + path : new URL(path, HERE), {
+  const headers = new Headers();
+  if (key !== null) authorize(headers);
+  if (body !== undefined) headers.set("content-type", "application/json");
+  const response = await reached(fetch(path.startsWith("/") ? SERVER + path : new URL(path, HERE), {
     method: method || (body === undefined ? "GET" : "POST"),
     headers,
     body: body === undefined ? undefined : JSON.stringify(body),
     signal,
     cache: "no-store",
     credentials: "omit",
-  });
+  }), "The server cannot be reached.");
   if (!response.ok) throw await errorOf(response);
   return response;
+}
+
+// A key with other characters than those of a header can be no server's, so it is refused as a server would refuse it.
+function authorize(headers) {
+  if (/[^\x20-\x7e\x80-\xff]/.test(key)) throw new ApiError(401, "invalid_api_key", "The key has characters that no API key has.");
+  headers.set("authorization", `Bearer ${key}`);
+}
+
+// Returns what is awaited. Browsers tell by a TypeError, in words of their own, that the network failed.
+async function reached(awaited, message) {
+  try {
+    return await awaited;
+  } catch (error) {
+    throw error instanceof TypeError ? new ApiError(null, null, message) : error;
+  }
 }
 
 async function errorOf(response) {
@@ -59,7 +74,7 @@ export async function* eventsOf(response, onBytes = () => {}) {
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reached(reader.read(), "The connection to the server broke.");
       if (done) return;
       onBytes();
       const blocks = (rest + value).split(/\r?\n\r?\n/);

@@ -11,7 +11,7 @@ import { Memory, keyed } from "./memory.js";
 import { Models } from "./models.js";
 import { Playground } from "./playground.js";
 import { Requests } from "./requests.js";
-import { withDelta } from "./state.js";
+import { stateOf, withDelta } from "./state.js";
 import { WhatIf } from "./what_if.js";
 
 const TABS = [
@@ -34,12 +34,12 @@ class App extends Component {
     super(props);
     const theme = remembered();
     setTheme(theme);
-    this.state = { tab: tabOfUrl(), seen: null, link: { isUp: false, since: null, error: null }, refusal: null, news: "", theme };
+    this.state = { tab: tabOfUrl(), seen: null, link: { isUp: false, since: null, error: null }, refusal: null, note: "", news: "", theme };
     this.live = new Live({
       onState: (seen) => this.start(seen),
       onDelta: (delta) => this.take(delta),
       onLink: (link) => this.setState({ link }),
-      onRefused: (refusal) => this.setState({ refusal, seen: null }),
+      onRefused: (refusal) => this.refused(refusal),
     });
     this.onHash = () => this.setState({ tab: tabOfUrl() });
   }
@@ -58,11 +58,21 @@ class App extends Component {
   start(seen) {
     this.version ??= seen.version;
     const isStale = seen.version !== this.version;
-    this.setState({ seen: { ...seen, nodes: keyed(seen.nodes) }, refusal: null, wasTried: false, isStale });
+    this.setState({ seen: { ...seen, nodes: keyed(seen.nodes) }, refusal: null, note: "", isStale });
+  }
+
+  // What the server has told is dropped. What a person has typed or asked stays for after the sign-in.
+  refused(refusal) {
+    const { seen } = this.state;
+    const wasIn = seen !== null && !seen.isEmptied;
+    const isOfKey = refusal.status === 401 && hasKey();
+    const note = !isOfKey ? "" : wasIn ? "This key is not valid any more." : "The server does not accept this key.";
+    if (isOfKey) setKey(null);
+    this.setState({ refusal, note, seen: seen && emptied(seen), news: "" });
   }
 
   take(delta) {
-    if (this.state.seen === null) return;
+    if (this.state.seen === null || this.state.seen.isEmptied) return;
     if (delta.nodes) keyed(delta.nodes);
     const known = Math.max(0, ...this.state.seen.events.map((event) => event.id));
     const news = (delta.events || []).filter((event) => event.id > known).map((event) => event.text);
@@ -74,16 +84,19 @@ class App extends Component {
 
   signIn(key) {
     setKey(key);
+    this.retry();
+  }
+
+  retry() {
     this.live.stop();
-    this.setState({ refusal: null, wasTried: true });
+    this.setState({ refusal: null, link: { isUp: false, since: null, error: null } });
     this.live.start();
   }
 
   signOut() {
-    this.live.stop();
     setKey(null);
-    this.setState({ seen: null, refusal: null, wasTried: false, news: "" });
-    this.live.start();
+    this.setState({ seen: null, note: "", news: "" });
+    this.retry();
   }
 
   open(tab) {
@@ -92,39 +105,44 @@ class App extends Component {
     document.getElementById(`tab-${tab}`).scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
-  render(_, { tab, seen, link, refusal, news, theme, wasTried, isStale }) {
+  render(_, { tab, seen, link, refusal, note, news, theme, isStale }) {
+    const isIn = seen !== null && !seen.isEmptied;
     return html`<${Patterns} />
       <a class="skip" href="#main" onClick=${skip}>Skip to the content</a>
       <header class="top">
-        <h1>serve-app <span class="dim">${seen ? seen.version : "console"}</span></h1>
-        ${seen && html`<${Sums} state=${seen} />`}
+        <h1>serve-app <span class="dim">${isIn ? seen.version : "console"}</span></h1>
+        ${isIn && html`<${Sums} state=${seen} />`}
         <span class="grow"></span>
-        <${Link} link=${link} isIn=${seen !== null} />
-        ${seen?.access.keys && html`<span class="dim who">${seen.access.key}${seen.access.is_admin ? " (admin)" : ""}</span>`}
-        ${hasKey() && seen && html`<button type="button" class="small" onClick=${() => this.signOut()}>Sign out</button>`}
+        ${refusal === null && html`<${Link} link=${link} isIn=${isIn} />`}
+        ${isIn && seen.access.keys && html`<span class="dim who">${seen.access.key}${seen.access.is_admin ? " (admin)" : ""}</span>`}
+        ${hasKey() && isIn && html`<button type="button" class="small" onClick=${() => this.signOut()}>Sign out</button>`}
         <label class="inline theme"><span class="hidden">Colours</span>
           <select value=${theme} onChange=${(event) => this.paint(event.target.value)}>
             ${Object.entries(THEMES).map(([name, title]) => html`<option value=${name}>${title}</option>`)}
           </select></label>
       </header>
       <div class="hidden" role="log" aria-live="polite" aria-label="New events">${news}</div>
-      ${refusal
-        ? html`<main id="main" tabindex="-1"><${Refused} refusal=${refusal} wasTried=${wasTried} signIn=${(key) => this.signIn(key)} retry=${() => this.signOut()} /></main>`
-        : seen
-          ? html`<${Tabs} tab=${tab} open=${(name) => this.open(name)} state=${seen} />
-              <main id="main" tabindex="-1">
-                ${isStale && html`<${Stale} />`}
-                ${link.isUp ? null : html`<${Down} link=${link} />`}
-                ${TABS.map(([name, , Section]) => html`<div key=${name} id=${`panel-${name}`} role="tabpanel" aria-labelledby=${`tab-${name}`} hidden=${name !== tab}>
-                  ${(name === tab || KEPT.has(name)) && html`<${Section} state=${seen} />`}</div>`)}
-              </main>`
-          : html`<main id="main" tabindex="-1">${link.since === null ? html`<p class="empty">The page is connecting.</p>` : html`<${Down} link=${link} />`}</main>`}`;
+      ${isIn && html`<${Tabs} tab=${tab} open=${(name) => this.open(name)} state=${seen} />`}
+      <main id="main" tabindex="-1">
+        ${refusal && html`<${Refused} refusal=${refusal} note=${note} hasDrafts=${seen !== null} signIn=${(key) => this.signIn(key)}
+          retry=${() => this.retry()} forget=${() => this.signOut()} />`}
+        ${isIn && isStale && html`<${Stale} />`}
+        ${!refusal && !isIn && link.since === null && html`<p class="empty">The page is connecting.</p>`}
+        ${!refusal && !link.isUp && (isIn || link.since !== null) && html`<${Down} link=${link} />`}
+        ${seen && TABS.map(([name, , Section]) => html`<div key=${name} id=${`panel-${name}`} role="tabpanel" aria-labelledby=${`tab-${name}`} hidden=${!isIn || name !== tab}>
+          ${((isIn && name === tab) || KEPT.has(name)) && html`<${Section} state=${seen} />`}</div>`)}
+      </main>`;
   }
 
   paint(theme) {
     setTheme(theme);
     this.setState({ theme });
   }
+}
+
+// Returns a state without what the server has told, for sections that keep what was typed into them.
+function emptied(seen) {
+  return { ...seen, isEmptied: true, nodes: [], models: [], events: [], requests: [], traffic: { ...seen.traffic, models: {} } };
 }
 
 // The address keeps naming the tab, so the link moves the focus itself.
@@ -180,7 +198,7 @@ function Sums({ state }) {
   const devices = state.nodes.flatMap((node) => node.devices);
   const gpus = devices.filter(isGpu);
   const sum = totals(gpus.length ? gpus : devices);
-  const ready = state.models.filter((model) => model.state === "ready").length;
+  const ready = state.models.filter((model) => stateOf(model) === "ready").length;
   const add = (name) => Object.values(state.traffic.models).reduce((all, series) => all + ((series[name] || []).slice(-2)[0] ?? 0), 0);
   const waiting = state.models.reduce((all, model) => all + (model.waiting || 0) + (model.held || 0), 0);
   const facts = [
@@ -226,7 +244,7 @@ class Refused extends Component {
     if (key) this.props.signIn(key);
   }
 
-  render({ refusal, wasTried, retry }) {
+  render({ refusal, note, hasDrafts, retry, forget }) {
     if (refusal.status !== 401) {
       return html`<section class="panel sign-in"><h2>${refusal.code === "console_off" ? "The console is off" : "The server refuses this page"}</h2>
         <p class="pre">${refusal.message}</p><button type="button" onClick=${retry}>Try again</button></section>`;
@@ -234,11 +252,13 @@ class Refused extends Component {
     return html`<section class="panel sign-in">
       <h2>Sign in</h2>
       <p>This server needs an API key. The page keeps it in memory until you sign out, reload or close it.</p>
-      ${wasTried && html`<p class="problem" role="alert">The server does not accept this key.</p>`}
+      ${note && html`<p class="problem" role="alert">${note}</p>`}
       <form onSubmit=${(event) => this.send(event)}>
         <label class="wide">API key<input name="key" type="password" autocomplete="off" required /></label>
         <button type="submit" class="primary">Sign in</button>
       </form>
+      ${hasDrafts && html`<p class="note">What you have typed and your conversations stay in this tab for after the sign-in.</p>
+        <button type="button" onClick=${forget}>Forget them</button>`}
     </section>`;
   }
 }

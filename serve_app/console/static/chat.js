@@ -9,6 +9,11 @@ const OF_OPENAI = new Set([
   "response_format", "stop", "n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "logit_bias",
 ]);
 
+// How a Python program prints the calls of tools: the name, and then the arguments as they come.
+const CALLS =
+  "        for call in choice.delta.tool_calls or []:\n            name = f\"\\n{call.function.name} \" if call.function.name else \"\"\n" +
+  "            print(name + (call.function.arguments or \"\"), end=\"\", flush=True)\n";
+
 // Returns {body, problem} for what a pane has. `problem` names the field that cannot be read, or is empty.
 export function requestOf(parameters, messages) {
   const body = { model: parameters.model, messages: [...messages], stream: true, stream_options: { include_usage: true } };
@@ -136,8 +141,8 @@ export function asPython(body) {
   const fields = known.map(([name, value]) => `    ${name}=${pythonOf(value, 4)},\n`);
   return (
     `from openai import OpenAI\n\nclient = OpenAI(base_url=${JSON.stringify(`${SERVER}/v1`)}, api_key="KEY")\n` +
-    `stream = client.chat.completions.create(\n${fields.join("")})\nfor chunk in stream:\n` +
-    "    if chunk.choices:\n        print(chunk.choices[0].delta.content or \"\", end=\"\", flush=True)\nprint()\n"
+    `stream = client.chat.completions.create(\n${fields.join("")})\nfor chunk in stream:\n    for choice in chunk.choices:\n` +
+    `        print(choice.delta.content or "", end="", flush=True)\n${"tools" in body ? CALLS : ""}print()\n`
   );
 }
 

@@ -42,7 +42,7 @@ export function Line({ event }) {
   return html`<li>
     <time class="num dim" datetime=${new Date(1000 * event.time).toISOString()} title=${date(event.time)}>${clock(event.time)}</time>
     <${Badge} state=${event.kind} />
-    <span class="name">${event.model}</span>
+    <span class="name" title=${event.model}>${event.model}</span>
     <span class="text">${event.text}</span>
   </li>`;
 }

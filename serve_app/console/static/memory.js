@@ -5,13 +5,16 @@ import { Bar, Legend, Swatch, isOver } from "./bar.js";
 import { Line } from "./events.js";
 import { age, bytes, clock, plural } from "./format.js";
 import { PARTS, PART_NAMES, deviceName, foreignName, isAway, isGpu, layoutOf, modelName, scaleOf, sumsOf, totals } from "./layout.js";
-import { Badge, Choice, Empty, Memo } from "./widgets.js";
+import { stateOf } from "./state.js";
+import { Badge, Choice, Empty, Memo, isHandheld } from "./widgets.js";
 
 // A measurement that is older than this is told to be old, in seconds.
 const OLD_S = 30;
 // Models that take less than this share of the width are drawn a second time, closer.
 const CLOSER = 0.2;
 const LAST_EVENTS = 5;
+const GROWTH =
+  "Of a node's memory, a model holds what its process has grown by since before the load. That includes what the C library and others keep for themselves, which no plan counts, so a small model may hold several times its plan.";
 
 export class Memory extends Component {
   constructor(props) {
@@ -245,7 +248,7 @@ function Overall({ nodes }) {
         </table>
         ${sum.away > 0 && html`<p class="note">The plans of parked and leaving models (${bytes(sum.away)}) are not counted. They share memory with models that have it now.</p>`}`;
       })}
-    <p class="note">Point at a block of the map, or go to it with the Tab and arrow keys, and its figures are shown here. Enter keeps them.</p>`;
+    <p class="note">${isHandheld() ? "Touch a block of the map, and its figures are shown here." : "Point at a block of the map, or go to it with the Tab and arrow keys, and its figures are shown here. Enter keeps them."}</p>`;
 }
 
 function BlockDetail({ node, device, block, isPinned, unpin, now }) {
@@ -280,6 +283,7 @@ function BlockDetail({ node, device, block, isPinned, unpin, now }) {
         )}
       </tbody>
     </table>`}
+    ${!isGpu(device) && isOver(block) && html`<p class="note">${GROWTH}</p>`}
     <p class="note">${device.measured_at === null ? "No replica has measured this device." : `Measured ${age(device.measured_at, now)} ago, at ${clock(device.measured_at)}.`}</p>`;
 }
 
@@ -307,9 +311,9 @@ function Table({ nodes, dim }) {
     node.devices.flatMap((device) => device.blocks.map((block) => ({ node, device, block }))),
   );
   const shown = dim ? rows.filter((row) => row.block.model === dim) : rows;
-  return html`<div class="scroll" tabindex="0" role="region" aria-label="Memory as a table">
-    <table class="grid">
-      <caption>Planned and held memory of each model on each device. Where two figures stand in a cell, the first is held and the second planned.</caption>
+  return html`<p class="note" id="memory-table">Planned and held memory of each model on each device. Where two figures stand in a cell, the first is held and the second planned.</p>
+  <div class="scroll" tabindex="0" role="region" aria-label="Memory as a table">
+    <table class="grid" aria-describedby="memory-table">
       <thead>
         <tr>
           ${["Node", "Device", "Model", "Replica", "State"].map((text) => html`<th scope="col">${text}</th>`)}
@@ -376,6 +380,7 @@ function Holders({ nodes, models: there }) {
     }
   }
   if (!blocks.size) return null;
+  const hasGrown = nodes.some((node) => node.devices.some((device) => !isGpu(device) && device.blocks.some(isOver)));
   const models = new Map(there.map((model) => [model.name, model]));
   return html`<section class="panel" aria-labelledby="holders">
     <h3 id="holders">Memory by model</h3>
@@ -393,7 +398,7 @@ function Holders({ nodes, models: there }) {
             const model = models.get(name);
             return html`<tr>
               <th scope="row">${name ?? "other models"}</th>
-              <td>${model ? html`<${Badge} state=${model.state} />` : ""}</td>
+              <td>${model ? html`<${Badge} state=${stateOf(model)} />` : ""}</td>
               <td>${model?.backend ?? ""}</td>
               <td class="num">${model ? `${model.running}/${model.wanted}` : ""}</td>
               <td class="num">${own.length}</td>
@@ -407,5 +412,6 @@ function Holders({ nodes, models: there }) {
         </tbody>
       </table>
     </div>
+    ${hasGrown && html`<p class="note">${GROWTH}</p>`}
   </section>`;
 }

@@ -4,6 +4,7 @@ import { Component, html } from "./vendor/htm-preact.js";
 import { ask } from "./api.js";
 import { number, plural, seconds } from "./format.js";
 import { Sparkline } from "./sparkline.js";
+import { stateOf } from "./state.js";
 import { Badge, Confirm, Empty, Memo, Problem } from "./widgets.js";
 
 const SLOTS = 120;
@@ -49,7 +50,8 @@ export class Models extends Component {
     return html`<div class="bar-row">
         <h2>Models</h2>
         <span class="dim grow">${plural(state.models.length, "model")}; each line shows ten minutes</span>
-        ${state.access.is_admin &&
+        ${state.access.is_admin && !mayReload(state.access) && html`<span class="dim">Only an admin of all models may reload the config.</span>`}
+        ${mayReload(state.access) &&
         html`<button type="button" disabled=${busy !== ""} onClick=${() => this.press("reload", "")}>Reload the config</button>`}
       </div>
       <p role="status" class=${told ? "told pre" : "told none"}>${told}</p>
@@ -61,6 +63,11 @@ export class Models extends Component {
       </div>
       ${asked && html`<${Question} ...${asked} onDone=${(yes) => (yes ? this.act(asked.action, asked.name) : this.setState({ asked: null }))} />`}`;
   }
+}
+
+// Older servers tell the role alone.
+function mayReload({ may_reload: may, is_admin: isAdmin }) {
+  return may ?? isAdmin;
 }
 
 function reloaded({ file, node, changes = [] }) {
@@ -86,14 +93,14 @@ function Model({ model, series = {}, interval, busy, press }) {
     <div class="identity">
       <header class="row">
         <h3>${model.name}</h3>
-        <${Badge} state=${model.state} />
+        <${Badge} state=${stateOf(model)} />
         ${actions.map((action) => html`<button type="button" class="small" disabled=${busy !== ""}
           aria-label=${`${ACTIONS[action].label} ${model.name}`} onClick=${() => press(action, model.name)}>${ACTIONS[action].label}</button>`)}
       </header>
       <p class="dim">${[model.backend, model.model, model.parent && `an adapter of ${model.parent}`].filter(Boolean).join(", ")}</p>
       ${model.message && html`<p class="why">${model.message}</p>`}
       ${model.missing && html`<p class="why">${model.missing}</p>`}
-      ${model.ready_in_s !== null && model.ready_in_s !== undefined && html`<p class="note">It would be ready in about ${seconds(model.ready_in_s)}.</p>`}
+      ${wait(model) && html`<p class="note">${wait(model)}</p>`}
       <dl class="facts-row">
         ${fact("Replicas", `${model.running}/${model.wanted}`)}
         ${fact("Load", model.load === null ? "–" : model.load.toFixed(2))}
@@ -105,6 +112,13 @@ function Model({ model, series = {}, interval, busy, press }) {
     <div class="charts">${charts(series, interval)}</div>
     ${model.replicas.length > 0 && html`<${Replicas} model=${model} />`}
   </article>`;
+}
+
+// Returns when a model can answer, as far as that is known.
+function wait(model) {
+  const left = model.ready_in_s ?? null;
+  if (left === null) return model.state === "loading" ? "It takes longer than was estimated." : "";
+  return stateOf(model) === "parked" ? `It can answer about ${seconds(left)} after a request has come.` : `It will be ready in about ${seconds(left)}.`;
 }
 
 function fact(name, value) {

@@ -3,7 +3,8 @@
 import { Component, html } from "./vendor/htm-preact.js";
 import { asCurl, asPython, emptyAnswer, messagesOf, requestOf, speedOf, stream } from "./chat.js";
 import { milliseconds, number, plural } from "./format.js";
-import { Choice, Copy, Dialog, Problem } from "./widgets.js";
+import { stateOf } from "./state.js";
+import { Choice, Copy, Dialog, Problem, isHandheld } from "./widgets.js";
 
 const FIELDS = [
   ["temperature", "Temperature", "0 to 2"],
@@ -20,7 +21,7 @@ const TEXTS = [
 
 function newPane(number) {
   const parameters = { model: "", system: "", temperature: "", max_tokens: "", top_p: "", seed: "", tools: "", response_format: "", more: "" };
-  return { number, parameters, turns: [], controller: null, problem: "" };
+  return { number, parameters, turns: [], sent: null, controller: null, problem: "" };
 }
 
 export class Playground extends Component {
@@ -62,9 +63,15 @@ export class Playground extends Component {
   }
 
   check(pane) {
-    pane.problem = pane.parameters.model ? requestOf(pane.parameters, []).problem : "Choose a model first.";
+    pane.problem = this.whyNot(pane.parameters.model) || requestOf(pane.parameters, []).problem;
     this.changed();
     return pane.problem === "";
+  }
+
+  // Returns why this model cannot be asked, or nothing.
+  whyNot(model) {
+    if (!model) return "Choose a model first.";
+    return this.props.state.models.some(({ name }) => name === model) ? "" : `${model} is gone from this server. Choose another model.`;
   }
 
   async run(pane, question) {
@@ -72,6 +79,7 @@ export class Playground extends Component {
     const messages = [...pane.turns.flatMap(messagesOf), ...(question === null ? [] : [{ role: "user", content: question }])];
     const { body } = requestOf(pane.parameters, messages);
     turn.isJson = "response_format" in body;
+    pane.sent = body;
     pane.turns.push(turn);
     pane.controller = new AbortController();
     this.changed();
@@ -80,16 +88,19 @@ export class Playground extends Component {
     this.changed();
   }
 
-  // Returns the request that sending would make now.
-  nextRequest(pane) {
-    const messages = pane.turns.flatMap(messagesOf);
+  // Shows the request that sending would make now, or the last one if nothing is to be sent.
+  showCode(pane) {
     const draft = this.state.draft.trim();
-    if (draft || !messages.some((message) => message.role === "user")) messages.push({ role: "user", content: draft || "Hello" });
-    return requestOf(pane.parameters, messages).body;
+    if (!draft && pane.sent) {
+      this.setState({ code: { body: pane.sent, isSent: true } });
+    } else if (this.check(pane)) {
+      const messages = [...pane.turns.flatMap(messagesOf), { role: "user", content: draft || "Hello" }];
+      this.setState({ code: { body: requestOf(pane.parameters, messages).body, isSent: false } });
+    }
   }
 
   render({ state }, { count, draft, code }) {
-    const names = state.models.map((model) => [model.name, model.state]);
+    const names = state.models.map((model) => [model.name, stateOf(model)]);
     const panes = this.shown();
     for (const pane of panes) pane.parameters.model ||= firstOf(names, pane.number);
     const isBusy = panes.some((pane) => pane.controller);
@@ -106,18 +117,18 @@ export class Playground extends Component {
       </div>
       <form class="panel composer" onSubmit=${(event) => this.send(event)}>
         <label for="draft" class="hidden">Message</label>
-        <textarea id="draft" rows="2" placeholder="Write a message. Enter sends it, and Shift+Enter begins a new line." value=${draft}
+        <textarea id="draft" rows="2" placeholder=${isHandheld() ? "Write a message." : "Write a message. Enter sends it, and Shift+Enter begins a new line."} value=${draft}
           onInput=${(event) => this.setState({ draft: event.target.value })}
           onKeyDown=${(event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && this.send(event)}></textarea>
         <button type="submit" class="primary" disabled=${isBusy || !draft.trim()}>${count === 2 ? "Send to both" : "Send"}</button>
         <button type="button" disabled=${!isBusy} onClick=${() => this.stop()}>Stop</button>
       </form>
-      ${code !== null && html`<${Code} body=${code} onClose=${() => this.setState({ code: null })} />`}`;
+      ${code !== null && html`<${Code} ...${code} onClose=${() => this.setState({ code: null })} />`}`;
   }
 }
 
 function firstOf(names, place) {
-  const ready = names.filter(([, state]) => state === "ready" || state === "asleep");
+  const ready = names.filter(([, state]) => state === "ready" || state === "parked" || state === "asleep");
   return (ready[place] || ready[0] || names[place] || names[0] || [""])[0];
 }
 
@@ -135,12 +146,12 @@ function Pane({ pane, names, owner }) {
     <header class="row">
       <label for=${id("model")}>Model ${letter}</label>
       <select id=${id("model")} class="grow" value=${parameters.model} onChange=${(event) => set("model", event.target.value)}>
-        ${!stays && html`<option value=${parameters.model}>${parameters.model || "no model"}</option>`}
+        ${!stays && html`<option value=${parameters.model}>${parameters.model ? `${parameters.model} (gone)` : "no model"}</option>`}
         ${names.map(([name, state]) => html`<option value=${name}>${state === "ready" ? name : `${name} (${state})`}</option>`)}
       </select>
-      <button type="button" class="small" onClick=${() => owner.setState({ code: owner.nextRequest(pane) })}>Code</button>
+      <button type="button" class="small" onClick=${() => owner.showCode(pane)}>Code</button>
       <button type="button" class="small" disabled=${pane.turns.length === 0 || pane.controller !== null}
-        onClick=${() => { pane.turns = []; owner.changed(); }}>Clear</button>
+        onClick=${() => { pane.turns = []; pane.sent = null; owner.changed(); }}>Clear</button>
     </header>
     <details class="parameters">
       <summary>Parameters${summary(parameters)}</summary>
@@ -273,7 +284,7 @@ class Code extends Component {
     this.state = { form: "curl" };
   }
 
-  render({ body, onClose }, { form }) {
+  render({ body, isSent, onClose }, { form }) {
     const text = form === "curl" ? asCurl(body) : asPython(body);
     return html`<${Dialog} title="The same request as code" onClose=${onClose}>
       <div class="row">
@@ -283,6 +294,7 @@ class Code extends Component {
         <button type="button" class="small" onClick=${onClose}>Close</button>
       </div>
       <pre class="code" tabindex="0" role="region" aria-label="Code">${text}</pre>
+      ${isSent && html`<p class="note">This is the request that was sent last. Write a message to see the next one.</p>`}
       <p class="note">KEY stands for your API key. A server without keys takes any.</p>
     <//>`;
   }

@@ -2,6 +2,7 @@
 
 const SLOTS = 120;
 const KEPT = 200;
+const AWAY = new Set(["parked", "stopped"]);
 
 // Returns the state with what a delta brings. Parts that are equal to the old ones stay the same objects, so that only
 // what has changed is drawn again.
@@ -15,6 +16,13 @@ export function withDelta(state, delta) {
     events: merged(state.events, delta.events),
     requests: merged(state.requests, delta.requests),
   };
+}
+
+// Returns the state to show of a model. It is ready for the server while all its replicas are parked, because a request
+// brings it back.
+export function stateOf(model) {
+  const isParked = model.state === "ready" && model.replicas.length > 0 && model.replicas.every(({ residency }) => AWAY.has(residency?.state));
+  return isParked ? "parked" : model.state;
 }
 
 // Returns the entries without those that are gone and with the changed ones in their old places. New ones come last.

@@ -4,7 +4,7 @@ import { Component, html } from "./vendor/htm-preact.js";
 import { ask } from "./api.js";
 import { Bar, Legend } from "./bar.js";
 import { bytes } from "./format.js";
-import { scaleOf } from "./layout.js";
+import { isGpu, scaleOf } from "./layout.js";
 import { Choice, Copy, Problem, download } from "./widgets.js";
 
 const FIELDS = [
@@ -17,6 +17,7 @@ const FIELDS = [
   ["quantization", "Quantisation", "text"],
   ["dtype", "Data type", ["", "auto", "bfloat16", "float16", "float32"]],
 ];
+const OF_GPUS = new Set(["num_gpus", "max_memory"]);
 const EXAMPLE = "applications:\n- name: qwen\n  import_path: serve_app.app:model\n  route_prefix: /models/qwen\n  args:\n    model: Qwen/Qwen2.5-7B-Instruct\n    infer_backend: auto\n    max_model_len: 8192\n";
 const PARTS = { weights: "weights_bytes", kv_cache: "kv_cache_bytes", adapters: "adapters_bytes", activations: "activation_bytes" };
 
@@ -59,7 +60,7 @@ export class WhatIf extends Component {
     const { form, fields, yaml } = this.state;
     if (form === "yaml") return { yaml };
     const body = { model: fields.model.trim() };
-    for (const [name, , kind] of FIELDS) {
+    for (const [name, , kind] of fieldsOf(this.props.state.nodes)) {
       const text = (fields[name] ?? "").trim();
       if (text === "") continue;
       body[name] = kind === "number" && /^\d+(\.\d+)?$/.test(text) ? Number(text) : name === "max_memory" ? jsonOr(text) : text;
@@ -68,9 +69,8 @@ export class WhatIf extends Component {
   }
 
   render({ state }, { form, fields, yaml, answer, error, isBusy, width }) {
-    if (!state.access.is_admin) {
-      return html`<h2>What if</h2><p>Only a key of the role admin may plan, because a plan names all models and reads folders of the server.</p>`;
-    }
+    if (!(state.access.may_plan ?? state.access.is_admin)) return html`<h2>What if</h2><p>${refusalOf(state.access)}</p>`;
+    const kinds = fieldsOf(state.nodes);
     const set = (name) => (event) => this.setState({ fields: { ...this.state.fields, [name]: event.target.value } });
     const isReady = form === "yaml" ? yaml.trim() : fields.model.trim();
     return html`<div class="bar-row">
@@ -82,7 +82,8 @@ export class WhatIf extends Component {
         ${form === "model"
           ? html`<label class="wide">Model: an id of the hub, or a folder on the server
               <input type="text" value=${fields.model} onInput=${set("model")} placeholder="Qwen/Qwen2.5-7B-Instruct" spellcheck=${false} /></label>
-            <div class="fields">${FIELDS.map(([name, label, kind]) => html`<label>${label}${field(name, kind, fields, set)}</label>`)}</div>`
+            <div class="fields">${kinds.map(([name, label, kind]) => html`<label>${label}${field(name, kind, fields, set)}</label>`)}</div>
+            ${kinds !== FIELDS && html`<p class="note">This cluster has no GPU, so the model is planned for the CPU.</p>`}`
           : html`<label class="wide">Config file (YAML)
               <textarea rows="12" class="mono" value=${yaml} spellcheck=${false} placeholder=${EXAMPLE}
                 onInput=${(event) => this.setState({ yaml: event.target.value })}></textarea></label>`}
@@ -95,6 +96,17 @@ export class WhatIf extends Component {
       <div aria-live="polite"><${Problem} error=${error} />${answer && html`<${Verdict} answer=${answer} />`}</div>
       ${answer && html`<${Result} answer=${answer} width=${width} hold=${this.hold} />`}`;
   }
+}
+
+function refusalOf({ is_admin: isAdmin }) {
+  const who = isAdmin ? "Only an admin of all models may plan" : "Only a key of the role admin may plan";
+  return `${who}, because a plan names all models and reads folders of the server.`;
+}
+
+// Returns the fields that a plan for this cluster can have. Before any node is known, it may have GPUs.
+function fieldsOf(nodes) {
+  const devices = nodes.flatMap((node) => node.devices);
+  return devices.length && !devices.some(isGpu) ? FIELDS.filter(([name]) => !OF_GPUS.has(name)) : FIELDS;
 }
 
 function field(name, kind, fields, set) {
@@ -139,12 +151,12 @@ function Result({ answer, width, hold }) {
     </section>`}
     <section class="panel">
       <header class="row"><h3 class="grow">The plan</h3><${Copy} text=${answer.text} /></header>
-      <pre class="code" tabindex="0" role="region" aria-label="The plan">${answer.text}</pre>
+      <pre class="code lines" tabindex="0" role="region" aria-label="The plan">${answer.text}</pre>
     </section>
     ${answer.yaml && html`<section class="panel">
       <header class="row"><h3 class="grow">The config with what the plan chose</h3><${Copy} text=${answer.yaml} />
         <button type="button" class="small" onClick=${() => download("serve-app.yaml", answer.yaml)}>Download</button></header>
-      <pre class="code" tabindex="0" role="region" aria-label="Config">${answer.yaml}</pre>
+      <pre class="code lines" tabindex="0" role="region" aria-label="Config">${answer.yaml}</pre>
     </section>`}`;
 }
 

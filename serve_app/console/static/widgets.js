@@ -118,13 +118,18 @@ export function Problem({ error }) {
   if (!error) return null;
   const which = [error.status, error.code].filter(Boolean).join(", ");
   return html`<div class="problem" role="alert">
-    <strong>${`Error ${which}`}</strong>
+    <strong>${which ? `Error ${which}` : "Error"}</strong>
     <p class="pre">${error.message}</p>
   </div>`;
 }
 
 export function Empty({ children }) {
   return html`<p class="empty">${children}</p>`;
+}
+
+// Returns whether the reader has a small or a touched screen rather than a keyboard and a pointer.
+export function isHandheld() {
+  return matchMedia("(max-width: 720px), (hover: none)").matches;
 }
 
 // Offers a text as a file.

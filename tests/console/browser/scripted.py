@@ -37,6 +37,8 @@ class Scripted:
     def __init__(self) -> None:
         self.state: Callable[[], Mapping[str, Any]] = states.demo
         self.needs_key = False
+        self.key = KEY
+        self.breaks = False  # whether an answer's connection ends in its middle
         self.plan: tuple[int, Mapping[str, Any]] = (200, {})
         self.chunks: list[Mapping[str, Any]] = [text_chunk(f"word{number} ") for number in range(20)]
         self.pause_s = 0.005
@@ -89,7 +91,7 @@ class Scripted:
     def _lacks_key(self, request: Request) -> Response | None:
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         self.keys_seen.append(key)
-        if not self.needs_key or key == KEY:
+        if not self.needs_key or key == self.key:
             return None
         return refusal(401, "invalid_api_key", "An API key is needed.")
 
@@ -136,6 +138,8 @@ class Scripted:
             for chunk in tuple(self.chunks):
                 yield f"data: {json.dumps(chunk)}\n\n".encode()
                 await asyncio.sleep(self.pause_s)
+                if self.breaks:
+                    raise ConnectionResetError("the answer breaks, as the test wants")
             yield b"data: [DONE]\n\n"
         finally:
             self.running_chats -= 1

@@ -5,6 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.browser import DESKTOP, PHONE
 from tests.console.browser import states
 from tests.console.browser.conftest import Open
 from tests.console.browser.scripted import Scripted
@@ -156,6 +157,7 @@ def test_what_is_not_known_is_not_told_as_that_of_others(open_page: Open, script
 
 def test_a_plan_is_asked_for_and_can_be_saved(open_page: Open, scripted: Scripted) -> None:
     """By fields and by a file, with the fixes, and the file to download."""
+    scripted.state = states.container
     watched = open_page()
     page = watched.open("what-if")
     scripted.plan = (200, plan("tensor_parallel_size: 2") | {"yaml": "applications: []  # ü\n"})
@@ -215,3 +217,149 @@ def test_what_an_admin_can_do_is_offered_and_confirmed(open_page: Open, scripted
         f"{base}0-instruct/park",
         "/ui/api/reload",
     ]
+
+
+def test_a_cluster_without_gpus_is_not_asked_for_them(open_page: Open, scripted: Scripted) -> None:
+    """Nor is what was typed for GPUs sent once they are gone."""
+    scripted.plan = (200, plan())
+    page = open_page().open("what-if")
+    panel = page.locator("#panel-what-if")
+    expect(panel).to_contain_text("This cluster has no GPU, so the model is planned for the CPU.")
+    expect(page.get_by_label("GPUs", exact=True)).to_have_count(0)
+    expect(page.get_by_label("Memory limits")).to_have_count(0)
+    nodes = states.container()["nodes"]
+    scripted.push(nodes=nodes)
+    page.get_by_label("GPUs", exact=True).fill("2")
+    expect(panel).not_to_contain_text("This cluster has no GPU")
+    scripted.push(nodes=states.demo()["nodes"])
+    expect(page.get_by_label("GPUs", exact=True)).to_have_count(0)
+    page.get_by_label("Model: an id").fill("org/model")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    page.locator(".verdict").wait_for()
+    assert scripted.asked == [("plan", {"model": "org/model"})]
+
+
+@pytest.mark.parametrize(("may", "is_admin"), [(True, True), (False, True), (None, True), (None, False), (True, False)])
+def test_what_a_key_may_do_is_what_the_server_says(
+    open_page: Open, scripted: Scripted, may: bool | None, is_admin: bool
+) -> None:
+    """`may_plan` and `may_reload`, or the role where a server tells only that. What is hidden is explained."""
+    access = {"keys": True, "key": "ops", "is_admin": is_admin, "keeps_prompts": False}
+    if may is not None:
+        access |= {"may_plan": may, "may_reload": may}
+    scripted.state = lambda: states.demo() | {"access": access}
+    watched = open_page()
+    page = watched.open("models")
+    is_let = is_admin if may is None else may
+    expect(page.locator("article.model")).to_have_count(2)
+    expect(page.get_by_role("button", name="Reload the config")).to_have_count(int(is_let))
+    told = page.get_by_text("Only an admin of all models may reload the config.")
+    expect(told).to_have_count(int(is_admin and not is_let))
+    watched.show("what-if")
+    expect(page.get_by_role("button", name="Plan", exact=True)).to_have_count(int(is_let))
+    why = "Only an admin of all models may plan" if is_admin else "Only a key of the role admin may plan"
+    expect(page.locator("#panel-what-if").get_by_text(why)).to_have_count(int(not is_let))
+
+
+def test_a_parked_model_is_not_ready(open_page: Open, scripted: Scripted) -> None:
+    """If all of its replicas are parked. Its card says how long a request would wait for it."""
+    found = states.demo()
+    member = {"state": "parked", "pool": "p", "ready_in_s": 2.0, "is_guess": False}
+    found["models"][0]["replicas"][0]["residency"] = member
+    found["models"][0]["ready_in_s"] = 2.0
+    scripted.state = lambda: found
+    watched = open_page()
+    page = watched.open("models")
+    card = page.get_by_role("article", name="tiny-pt")
+    expect(card.locator("header .badge")).to_have_text("parked")
+    expect(card).to_contain_text("It can answer about 2.0 s after a request has come.")
+    expect(page.locator(".sums")).to_contain_text("1/2")
+    second = found["models"][0]["replicas"][0] | {"replica": "b", "residency": member | {"state": "resident"}}
+    scripted.push(models=[found["models"][0] | {"replicas": [found["models"][0]["replicas"][0], second]}])
+    expect(card.locator("header .badge")).to_have_text("ready")
+    expect(page.locator(".sums")).to_contain_text("2/2")
+    watched.show("memory")
+    expect(page.locator("section[aria-labelledby=holders] tbody tr").first).to_contain_text("ready")
+
+
+def test_a_load_says_when_it_ends_as_far_as_that_is_known(open_page: Open, scripted: Scripted) -> None:
+    """Once the estimate has passed, nothing is known."""
+    page = open_page().open("models")
+    card = page.get_by_role("article", name="tiny-pt")
+    scripted_model = states.model("tiny-pt", "loading", ready_in_s=12.0)
+    expect(card).to_be_visible()
+    scripted.push(models=[scripted_model])
+    expect(card).to_contain_text("It will be ready in about 12.0 s.")
+    scripted.push(models=[scripted_model | {"ready_in_s": None}])
+    expect(card).to_contain_text("It takes longer than was estimated.")
+    scripted.push(models=[scripted_model | {"state": "ready", "ready_in_s": None}])
+    expect(card).not_to_contain_text("It takes longer")
+
+
+def test_a_plan_keeps_its_lines_on_a_phone(open_page: Open, scripted: Scripted) -> None:
+    """It is a table of text, which scrolls sideways by itself."""
+    line = "n1:0 NVIDIA H100  " + "9.99  " * 30
+    scripted.plan = (200, plan() | {"text": f"{line}\n{line}", "yaml": f"# {line}\n"})
+    watched = open_page(size=PHONE)
+    page = watched.open("what-if")
+    page.get_by_label("Model: an id").fill("org/model")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    text = page.get_by_role("region", name="The plan")
+    assert text.evaluate("e => e.clientHeight < 3 * 22 && e.scrollWidth > e.clientWidth + 200")
+    assert watched.overflow() <= 0
+    watched.show("memory")
+    page.get_by_role("button", name="Table", exact=True).click()
+    note = page.locator("#memory-table")
+    assert note.evaluate("e => e.getBoundingClientRect().right <= innerWidth")
+
+
+def test_a_long_name_takes_one_line_of_an_event(open_page: Open, scripted: Scripted) -> None:
+    """It can be read whole by its title and in the text."""
+    name = "model-" + "x" * 109
+    scripted.state = lambda: states.demo() | {"events": [states.event(1, "ready", name, "It is ready.", 0.0)]}
+    for size in (DESKTOP, PHONE):
+        watched = open_page(size=size)
+        page = watched.open("events")
+        line = page.locator("#panel-events .events li")
+        expect(line.locator(".name")).to_have_attribute("title", name)
+        assert line.evaluate("e => e.getBoundingClientRect().height") < 60
+        assert watched.overflow() <= 0
+
+
+def test_a_phone_is_not_told_of_keys(open_page: Open) -> None:
+    """Which it does not have."""
+    page = open_page(size=PHONE).open()
+    expect(page.locator(".detail")).to_contain_text("Touch a block of the map")
+    expect(page.locator(".detail")).not_to_contain_text("arrow keys")
+
+
+def test_more_than_the_plan_on_the_cpu_is_explained(open_page: Open, scripted: Scripted) -> None:
+    """It has what libraries keep. On a GPU, it is no matter of course."""
+    page = open_page().open()
+    reason = page.get_by_text("what the C library and others keep for themselves")
+    expect(page.locator("section[aria-labelledby=holders]")).to_be_visible()
+    expect(reason).to_have_count(0)
+    nodes = states.demo()["nodes"]
+    nodes[0]["devices"][0]["blocks"][0] = states.block("tiny-pt", states.GIB, 3.4, 1)
+    scripted.push(nodes=nodes)
+    expect(reason).to_have_count(1)
+    page.locator("g.block").first.click()
+    expect(page.locator(".detail")).to_contain_text("what the C library and others keep for themselves")
+    nodes[0]["devices"] = [states.device(0, "L4", 24 * states.GIB, nodes[0]["devices"][0]["blocks"], now=1.0)]
+    scripted.push(nodes=nodes)
+    expect(page.locator(".detail")).to_contain_text("GPUs")
+    expect(reason).to_have_count(0)
+
+
+@pytest.mark.parametrize("section", ["memory", "events"])
+def test_labels_beside_long_names_stay_whole_on_a_phone(open_page: Open, scripted: Scripted, section: str) -> None:
+    """The list of models is cut instead."""
+    name = "model-" + "x" * 109
+    found = states.demo()
+    found["events"].append(states.event(9, "ready", name, "It is ready.", 0.0))
+    found["nodes"][0]["devices"][0]["blocks"].append(states.block(name, states.GIB, 0.5, 7))
+    scripted.state = lambda: found
+    page = open_page(size=PHONE).open(section)
+    labels = page.locator(f"#panel-{section} label.inline")
+    expect(labels.last).to_be_visible()
+    assert all(each.evaluate("e => e.getBoundingClientRect().height") < 40 for each in labels.all())

@@ -321,3 +321,78 @@ def test_an_earlier_slot_is_changed_in_its_place(open_page: Open) -> None:
     assert (slot, is_same) == (10, True)
     assert found["a"] == {"tokens_per_s": [1, 9, 3], "ttft_p50_s": [0.1, None, 0.2]}
     assert found["c"] == {"tokens_per_s": [9, 0], "ttft_p50_s": [None, None]}
+
+
+@pytest.mark.parametrize("key", ["ключ", "sk-\x01", "sk-€"])
+def test_a_key_that_no_header_can_have_is_refused_at_once(open_page: Open, scripted: Scripted, key: str) -> None:
+    """The browser would not send it. The form stays, so another key can be tried."""
+    scripted.needs_key = True
+    watched = open_page()
+    watched.expected = ("status of 401",)
+    page = watched.open()
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_have_text("The server does not accept this key.")
+    assert scripted.keys_seen == [""], "nothing was sent with it"
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+
+def test_a_key_that_was_revoked_says_so_and_loses_no_draft(open_page: Open, scripted: Scripted) -> None:
+    """What the server told is gone from the page. What was typed and said is there after the next sign-in, unless it
+    shall be forgotten."""
+    scripted.needs_key = True
+    watched = open_page()
+    watched.expected = ("status of 401",)
+    page = watched.open("playground")
+
+    def sign_in() -> None:
+        page.get_by_label("API key").fill(scripted.key)
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+    def revoke(key: str) -> None:
+        scripted.key = key
+        scripted.drop()
+        expect(page.get_by_role("alert")).to_have_text("This key is not valid any more.")
+
+    sign_in()
+    page.locator("#draft").fill("Hello")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer")).to_contain_text("word19")
+    page.locator("#draft").fill("A question that is not sent yet")
+    revoke("sk-second-key")
+    expect(page.locator("#draft")).to_be_hidden()
+    expect(page.get_by_role("tab")).to_have_count(0)
+    assert "team-a" not in page.content()
+    assert watched.violations() == []
+    page.get_by_label("API key").fill("sk-wrong-key")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("The server does not accept this key.")
+    sign_in()
+    expect(page.locator("#draft")).to_have_value("A question that is not sent yet")
+    expect(page.locator(".answer")).to_contain_text("word19")
+    revoke("sk-third-key")
+    page.get_by_role("button", name="Forget them").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert "word19" not in page.content()
+    sign_in()
+    expect(page.locator("#draft")).to_have_value("")
+
+
+def test_what_the_network_does_is_told_in_words(open_page: Open, scripted: Scripted) -> None:
+    """Not in those of the browser."""
+    watched = open_page()
+    watched.expected = ("ERR_FAILED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
+    page = watched.open("playground")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.locator("#draft").fill("Hello")
+    page.keyboard.press("Enter")
+    problem = page.locator(".pane .problem")
+    expect(problem).to_have_text(re.compile(r"^\s*Error\s*The server cannot be reached\.\s*$"))
+    page.unroute("**/v1/chat/completions")
+    scripted.breaks = True
+    page.locator("#draft").fill("Hello")
+    page.keyboard.press("Enter")
+    expect(problem.last).to_contain_text("The connection to the server broke.")

@@ -4,6 +4,7 @@ import ast
 import json
 import shlex
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,3 +231,70 @@ def test_another_section_leaves_an_answer_going(watched: Watched, scripted: Scri
     watched.show("playground")
     finish(watched)
     expect(watched.page.locator(".answer")).to_contain_text("word19")
+
+
+def test_the_code_after_an_answer_is_what_was_sent(watched: Watched, scripted: Scripted) -> None:
+    """If nothing else is to be sent: without the answer, which no request ends with."""
+    page = watched.page
+    send(watched, "Hello")
+    finish(watched)
+    page.get_by_role("button", name="Code").click()
+    code = page.get_by_role("region", name="Code")
+    words = shlex.split(code.inner_text())
+    assert json.loads(words[words.index("-d") + 1]) == scripted.chats[0]
+    expect(page.locator("dialog")).to_contain_text("This is the request that was sent last.")
+    page.keyboard.press("Escape")
+    page.locator("#draft").fill("And now?")
+    page.get_by_role("button", name="Code").click()
+    words = shlex.split(code.inner_text())
+    messages = json.loads(words[words.index("-d") + 1])["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert "sent last" not in page.locator("dialog").inner_text()
+
+
+def test_code_is_not_made_of_parameters_that_cannot_be_read(watched: Watched) -> None:
+    """They would be left out without a word."""
+    page = watched.page
+    page.get_by_text("Parameters").click()
+    page.get_by_label("Temperature").fill("hot")
+    page.get_by_role("button", name="Code").click()
+    expect(page.locator(".pane .problem")).to_contain_text('temperature must be a number from 0 to 2, and it is "hot".')
+    expect(page.locator("dialog")).to_have_count(0)
+
+
+def test_the_code_prints_the_calls_of_tools(watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the name once and the arguments as they come."""
+    page = watched.page
+    page.get_by_text("Parameters").click()
+    page.get_by_label("Tools (JSON)").fill('[{"type": "function", "function": {"name": "f"}}]')
+    page.get_by_role("button", name="Code").click()
+    page.get_by_role("button", name="Python (openai)").click()
+    lines = page.get_by_role("region", name="Code").inner_text()
+    loop = lines[lines.index("for chunk in stream") :]
+    space = SimpleNamespace
+
+    def piece(content: str | None, *calls: Any) -> Any:
+        return space(choices=[space(delta=space(content=content, tool_calls=list(calls) or None))])
+
+    def call(name: str | None, arguments: str) -> Any:
+        return space(function=space(name=name, arguments=arguments))
+
+    stream = [piece("Wait."), piece(None, call("f", '{"a"')), piece(None, call(None, ": 1}")), space(choices=[])]
+    exec(compile(loop, "loop", "exec"), {"stream": stream})  # noqa: S102  (it is the page's own program)
+    assert capsys.readouterr().out == 'Wait.\nf {"a": 1}\n'
+
+
+def test_a_model_that_is_gone_is_not_asked(watched: Watched, scripted: Scripted) -> None:
+    """It stays chosen, is marked, and the message stays too."""
+    page = watched.page
+    expect(page.get_by_label("Model A")).to_have_value("tiny-pt")
+    scripted.push(gone_models=["tiny-pt"])
+    expect(page.get_by_label("Model A").locator("option:checked")).to_have_text("tiny-pt (gone)")
+    send(watched, "Hello")
+    expect(page.locator(".pane .problem")).to_have_text("tiny-pt is gone from this server. Choose another model.")
+    assert not scripted.chats
+    page.get_by_label("Model A").select_option("tiny-vllm")
+    expect(page.locator(".pane .problem")).to_have_count(0)
+    page.get_by_role("button", name="Send").click()
+    finish(watched)
+    assert [chat["model"] for chat in scripted.chats] == ["tiny-vllm"]
