@@ -4,6 +4,7 @@ Two cases need the handle instead: a model without a running replica, which Serv
 replicas that no connection reaches.
 """
 
+import asyncio
 import logging
 import socket
 import time
@@ -54,7 +55,8 @@ SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 )
-# A key that opens the router's door does not open a replica's, where the router's own token does.
+# A key that opens the router's door does not open a replica's, where the router's own token does. Without keys, what
+# stands in these headers is passed on like any other header.
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 # The log gets a line about replicas that are not reached at most once in this many seconds.
 WARN_EVERY_S = 60.0
@@ -77,6 +79,7 @@ class HttpUpstream:
 
     async def start(self) -> None:
         """Does what `Upstream` says."""
+        await asyncio.to_thread(router_token)  # Later, Ray's head may be away.
         await self._addresses.watch()
         keep_alive_s = KEEP_ALIVE_SHARE * self._addresses.keep_alive_s
         self._session = aiohttp.ClientSession(
@@ -200,8 +203,9 @@ class HttpUpstream:
         headers = CIMultiDict(
             (key.decode("latin-1"), _text(value)) for key, value in request.headers if key not in shut
         )
-        if shut:
-            headers[ROUTER_HEADER.decode()] = router_token().decode()
+        # Without keys, the replica would compare a page's `Origin` with its own address, and the router has compared it
+        # with the one that the browser knows.
+        headers[ROUTER_HEADER.decode()] = router_token().decode()
         return headers
 
 
