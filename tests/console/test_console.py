@@ -144,7 +144,9 @@ async def test_it_is_off_where_others_could_look_without_a_key(tmp_path: Path) -
             state = await http.get("/ui/api/state", headers=AUTH)
             assert state.status_code == status
             if status == 404:
-                assert "console: true" in state.json()["error"]["message"]
+                told = state.json()["error"]["message"]
+                assert "console: true" in told
+                assert ("set API keys" in told) == (app is off)  # Against an explicit false, keys do not help.
 
 
 class Stream:
@@ -198,6 +200,35 @@ async def ask(app: Any, headers: dict[str, str], model: str = "m") -> None:
     async with client(app) as http:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
         await http.post("/v1/chat/completions", json=body, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        ("POST", "/ui/api/state", 405, "This path takes GET, HEAD"),
+        ("POST", "/ui/api/stream", 405, "This path takes GET, HEAD"),
+        ("POST", "/ui/", 405, "This path takes GET, HEAD"),
+        ("GET", "/ui/api/models/m/wake", 405, "This path takes POST"),
+        ("DELETE", "/ui/api/reload", 405, "This path takes POST"),
+        ("POST", "/ui/api/models/m/explode", 404, "The console has no such endpoint"),
+        ("POST", "/ui/api/nope", 404, "The console has no such endpoint"),
+        ("GET", "/ui/api/nope", 404, "The console has no such endpoint"),
+    ],
+)
+async def test_what_the_console_does_not_answer_goes_to_no_model(
+    method: str, path: str, status: int, told: str
+) -> None:
+    """A path below /ui names none. Where the console is off, that is what is said."""
+    console, app = console_app(open_gate())
+    async with client(app) as http:
+        answer = await http.request(method, path)
+        assert answer.status_code == status
+        assert told in answer.json()["error"]["message"]
+        if status == 405:
+            assert answer.headers["allow"] == told.removeprefix("This path takes ")
+    assert [row.path for row in console.ledger.rows_since()] == []
+    async with client(console_app(open_gate(), console=False)[1]) as http:
+        assert (await http.request("POST", "/ui/api/nope")).json()["error"]["code"] == "console_off"
 
 
 async def test_a_stream_tells_the_state_and_then_what_is_new() -> None:
