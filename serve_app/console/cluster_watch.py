@@ -194,7 +194,8 @@ class ClusterWatch:
         ready_in_s: dict[str, float | None] = {}
         for name, model in models.items():
             if model.state == "loading":
-                ready_in_s[name] = round(directory.load_time_s(name), 1)
+                left = directory.time_left_s(name)
+                ready_in_s[name] = None if left is None else round(left, 1)
             elif model.state == "ready" and (wake := residency.wake(model.application)) is not None:
                 ready_in_s[name] = round(wake.seconds, 1)
         queued = queued_of_all(self._ledger.queued(), self._ledger.others)

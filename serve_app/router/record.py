@@ -25,8 +25,8 @@ class RequestRecord:
         """Notes the model, which exists, so that invented names stay out of the metrics."""
         self.model = model
 
-    def admitted(self, key: str | None) -> None:
-        """Notes the name of the key with which the request was let in."""
+    def came_with(self, key: str | None) -> None:
+        """Notes the name of the request's key, also of one that is refused later."""
         self.key = key
 
     def retried(self) -> None:

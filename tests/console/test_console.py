@@ -412,10 +412,29 @@ async def test_a_key_is_sent_nothing_of_other_models(tmp_path: Path) -> None:
         outside = (await http.get("/ui/api/state", headers=OUTSIDE)).json()
     for text in texts:
         assert "other" not in text
-    assert [row["model"] for row in json.loads(texts[-1])["requests"]] == ["m"]
+    requests = json.loads(texts[-1])["requests"]
+    assert [(row["key"], row["model"], row["status"]) for row in requests] == [("a", "m", 200), ("a", "unknown", 403)]
     assert [model["name"] for model in outside["models"]] == ["other"]
     assert list(outside["traffic"]["models"]) == ["other"]
     await stream.leave()
+
+
+async def test_a_key_sees_its_own_requests_that_were_refused(tmp_path: Path) -> None:
+    """Before their model was found: by a limit of the key, or because of their body. Another key does not see them."""
+    models = Models(m=says(b"{}"), other=says(b"{}"))
+    gate = make_gate(tmp_path, "requests_per_minute: 1")[0]
+    _, app = console_app(gate, upstream=models, directory=models)
+    async with client(app) as http:
+        statuses = [
+            (await http.post("/v1/completions", content=body, headers=AUTH)).status_code
+            for body in (b'{"model": "m", "prompt": ""}', b'{"model": "m", "prompt": ""}', b"{", b'{"model": "other"}')
+        ]
+        assert statuses == [200, 429, 400, 403]
+        seen = (await http.get("/ui/api/state", headers=AUTH)).json()["requests"]
+        assert [(row["status"], row["key"], row["model"]) for row in seen] == [
+            (200, "a", "m"), (429, "a", "unknown"), (400, "a", "unknown"), (403, "a", "unknown"),
+        ]  # fmt: skip
+        assert (await http.get("/ui/api/state", headers=OUTSIDE)).json()["requests"] == []
 
 
 async def test_the_stream_of_a_key_that_is_gone_ends(tmp_path: Path) -> None:

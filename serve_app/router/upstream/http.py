@@ -21,6 +21,7 @@ from serve_app.access.limiter import router_token
 from serve_app.errors import Overloaded, UnreadableAnswer
 from serve_app.router.directory import ModelDirectory
 from serve_app.router.engine_loss import is_lost_status
+from serve_app.router.suspicion import Death
 from serve_app.router.upstream.addresses import Lease, ReplicaAddress, ReplicaAddresses
 from serve_app.router.upstream.protocol import (
     FULL_RETRY_S,
@@ -161,7 +162,7 @@ class HttpUpstream:
         except aiohttp.ClientError as error:
             death = address.lost()
             lease.end()
-            raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
+            raise _broken(error, address, death) from error
         except BaseException:
             lease.end()
             raise
@@ -228,7 +229,7 @@ class HttpAnswer:
                 yield piece
         except aiohttp.ClientError as error:
             death = self._lease.address.lost()
-            raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
+            raise _broken(error, self._lease.address, death) from error
 
     def lost(self, message: str) -> ReplicaLost:
         """Returns the error to raise. The replica must report its health before anything is sent there again. If it is
@@ -258,6 +259,12 @@ async def _raise_of_serve(address: ReplicaAddress, answer: HttpAnswer, reply: ai
     if BACKPRESSURE in reason:
         raise Overloaded("The model's queue is full. Try again later.", retry_after_s=FULL_RETRY_S)
     raise ReplicaLost(reason or f"HTTP {reply.status}")
+
+
+def _broken(error: aiohttp.ClientError, address: ReplicaAddress, death: Death | None) -> ReplicaLost:
+    """Returns the error to raise for a connection that broke. How it did is for the log and not for clients."""
+    logger.info("The connection to the replica at %s broke: %s: %s", address.url, type(error).__name__, error)
+    return ReplicaLost("the connection to the replica broke", death)
 
 
 def _unreadable(error: aiohttp.ClientResponseError) -> UnreadableAnswer:

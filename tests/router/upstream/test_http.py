@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -177,8 +178,8 @@ async def test_where_no_replica_takes_a_connection_a_handle_is_the_way(caplog: p
     assert "takes a connection" in caplog.text
 
 
-async def test_a_replica_that_breaks_off_is_lost() -> None:
-    """Before its head, and in its body."""
+async def test_a_replica_that_breaks_off_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """Before its head, and in its body. What aiohttp says of it is in the log, and clients read a sentence."""
 
     async def breaks(request: web.Request) -> web.StreamResponse:
         if "late" in request.path:
@@ -189,12 +190,16 @@ async def test_a_replica_that_breaks_off_is_lost() -> None:
         request.transport.abort()
         return web.Response()
 
+    caplog.set_level(logging.INFO)
     async with replica(breaks) as server, upstream_of(server.port) as (up, at, _):
-        with pytest.raises(ReplicaLost):
+        with pytest.raises(ReplicaLost) as early:
             await up.send("qwen", CHAT)
         answer = await up.send("qwen", HttpRequest("POST", "/late", b"", [], b"{}"))
-        with pytest.raises(ReplicaLost):
+        with pytest.raises(ReplicaLost) as late:
             await body_of(answer)
+        assert str(early.value) == str(late.value) == "the connection to the replica broke"
+        assert caplog.text.count(f":{server.port}/models/qwen broke: ") == 2
+        assert "ClientPayloadError" in caplog.text
         assert [address.running for address in at.by_preference("qwen")] == [0]
 
 
