@@ -168,6 +168,10 @@ class ModelsFake:
         """As in the real directory."""
         return 7.0
 
+    def time_left_s(self, name: str) -> float | None:
+        """As of a load that takes longer than the last one."""
+        return None
+
     def waking(self, name: str) -> None:
         """As in the real directory."""
 

@@ -28,12 +28,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.access.body_budget import BodyBudget, Held, NoBody
-from serve_app.access.gate import Gate, is_admitted, is_console_page, refusal, websocket
+from serve_app.access.gate import Gate, asks_for_console, is_admitted, is_console_page, refusal, websocket
 from serve_app.access.identity import with_identity
 from serve_app.access.keys import KeySource, configured_keys
 from serve_app.access.limiter import ActorLimiter
 from serve_app.config import MAX_BODIES_BYTES, ModelConfig, RouterConfig
-from serve_app.errors import ClientGone, ConfigError, Forbidden, InvalidRequest, RequestError
+from serve_app.errors import ClientGone, ConfigError, Forbidden, InvalidRequest, RequestError, Unauthorized
 from serve_app.ray_serve import MIDDLEWARES_VARIABLE, session_header
 from serve_app.wire.anthropic.errors import in_messages_form
 from serve_app.wire.arrival import MOST_ID_BYTES, read_body, with_body
@@ -190,10 +190,12 @@ class OuterDoor:
         return with_identity(scope, key), self._budget.hold(None if key is None else key.name)
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers with the error, and adds an id, counts and logs it, because Serve and the router never see it."""
+        """Answers with the error, and adds an id, counts and logs it, because Serve and the router never see it. The
+        first request of the console's page is no refusal that anybody should look into, so it does not count."""
         given = header(scope["headers"], REQUEST_ID) or b""
         request_id = given.decode("ascii") if given.isascii() and given else uuid.uuid4().hex
-        self._inside.refused(error.status)
+        if not (isinstance(error, Unauthorized) and self._inside.model is None and asks_for_console(scope)):
+            self._inside.refused(error.status)
         line = {"request_id": request_id, "path": scope["path"], "status": error.status, "error_code": error.code}
         logger.info(json.dumps(line))
         response = refusal(error)

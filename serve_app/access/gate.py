@@ -342,6 +342,13 @@ def is_console_page(scope: Scope) -> bool:
     return path in ("/ui", "/ui/") or path.startswith("/ui/assets/")
 
 
+def asks_for_console(scope: Scope) -> bool:
+    """Returns whether this asks for the console's data and shows no key at all, as the page does to learn whether its
+    reader has to sign in."""
+    shown = any(header(scope["headers"], name) is not None for name in (b"authorization", b"x-api-key"))
+    return endpoint(scope).startswith("/ui/api/") and not shown
+
+
 def _is_health(scope: Scope) -> bool:
     """Returns whether this is GET /health below the route's prefix, which is `root_path` and is part of the path."""
     if scope["type"] != "http" or scope["method"] != "GET":

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.config import RouterConfig
@@ -30,7 +30,7 @@ class AdminEndpoints:
         self._visitor_of, self._config = visitor_of, config
         self._actions, self._what_if = actions, what_if
 
-    def routes(self) -> Sequence[BaseRoute]:
+    def routes(self) -> Sequence[Route]:
         """Returns what it answers to."""
         return [
             Route("/ui/api/plan", AsgiEndpoint(self._plan), methods=["POST"]),

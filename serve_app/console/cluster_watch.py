@@ -21,7 +21,6 @@ from serve_app.facts.device_memory import DeviceMemory
 from serve_app.ray_serve import MODEL_DEPLOYMENT, ROUTER_DEPLOYMENT
 from serve_app.replica.report import is_watched, tell_watched
 from serve_app.router.console import RouterParts
-from serve_app.router.directory import LEAST_WAIT_S
 from serve_app.status.reader import Reading, status_of
 
 logger = logging.getLogger("ray.serve")
@@ -195,8 +194,8 @@ class ClusterWatch:
         ready_in_s: dict[str, float | None] = {}
         for name, model in models.items():
             if model.state == "loading":
-                left_s = directory.load_time_s(name)
-                ready_in_s[name] = round(left_s, 1) if left_s > LEAST_WAIT_S else None  # the estimate has passed
+                left = directory.time_left_s(name)
+                ready_in_s[name] = None if left is None else round(left, 1)
             elif model.state == "ready" and (wake := residency.wake(model.application)) is not None:
                 ready_in_s[name] = round(wake.seconds, 1)
         queued = queued_of_all(self._ledger.queued(), self._ledger.others)

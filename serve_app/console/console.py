@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
 from serve_app.console.actions import Actions
@@ -29,6 +31,7 @@ from serve_app.console.what_if import WhatIf
 from serve_app.router.console import RouterParts
 from serve_app.router.exchange import Exchange
 from serve_app.router.openapi import Added
+from serve_app.wire.asgi import endpoint
 from serve_app.wire.body import RequestBody
 from serve_app.wire.openai_errors import route_error_response
 
@@ -91,7 +94,7 @@ class ServedConsole:
 
     def routes(self) -> Sequence[BaseRoute]:
         """Returns what it answers to."""
-        return [
+        own = [
             Route("/ui", self._redirect),
             Route("/ui/", self._index),
             Route("/ui/assets/{name:path}", self._asset),
@@ -99,6 +102,8 @@ class ServedConsole:
             Route("/ui/api/stream", AsgiEndpoint(self._stream), methods=["GET"]),
             *self._admin.routes(),
         ]
+        # Without this, the router would take any other POST for a request to a model.
+        return [*own, Route("/ui/{rest:path}", AsgiEndpoint(partial(self._nothing, own)))]
 
     def openapi(self) -> Added:
         """Returns what the OpenAPI document says of it, which is nothing while it is switched off."""
@@ -300,6 +305,17 @@ class ServedConsole:
             text = f"{request.method} {request.url.path}: The page has no such file."
             return route_error_response(HTTPException(404), text)
         return answer
+
+    async def _nothing(self, own: Sequence[Route], scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 404, or raises the error of a path that takes other methods."""
+        self.require_on()
+        takes = {method for route in own if route.matches(scope)[0] is Match.PARTIAL for method in route.methods or ()}
+        if takes:
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(sorted(takes))})
+        text = (
+            f"{scope['method']} {endpoint(scope)}: The console has no such endpoint. /openapi.json names those it has."
+        )
+        await route_error_response(HTTPException(HTTPStatus.NOT_FOUND), text)(scope, receive, send)
 
     async def _state(self, request: Request) -> Response:
         view = self.view_of(request.scope)

@@ -46,14 +46,14 @@ def require_on(config: RouterConfig, is_loopback: bool, is_open: bool) -> None:
     """Raises ConsoleOff if the console does not answer."""
     if is_on(config, is_loopback, is_open):
         return
-    why = (
-        "because this address needs no API key and other machines reach it"
+    why, how = (
+        ("because this address needs no API key and other machines reach it", ", or set API keys")
         if config.console is None
-        else "by the field 'console' of the router"
+        else ("by 'console: false' of the router", " in its place")
     )
     raise ConsoleOff(
         f"The console is switched off, {why}. To switch it on, write console: true under 'args' or 'user_config' of "
-        "the router, or set API keys."
+        f"the router{how}."
     )
 
 

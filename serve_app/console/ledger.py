@@ -10,7 +10,7 @@ from functools import partial
 
 from serve_app.console.events import Event, EventLog, Happened, Joined, Kind, model_events, residency_events
 from serve_app.console.prompts import prompt_of
-from serve_app.console.requests import MOST_REQUESTS, RequestLog, Row, is_error
+from serve_app.console.requests import MOST_REQUESTS, UNKNOWN, RequestLog, Row, is_error
 from serve_app.console.shared import OtherRouter, Record, rings_of_all
 from serve_app.console.snapshot import Queued
 from serve_app.console.traffic import LATE_S, Rings, Traffic
@@ -21,7 +21,6 @@ from serve_app.router.model_status import ModelStatus
 from serve_app.wire.body import RequestBody
 from serve_app.wire.body_threads import beside_loop
 
-UNKNOWN = "unknown"
 # What other routers are told of this one's requests and events.
 MOST_SHARED_ROWS, MOST_SHARED_EVENTS = 100, 50
 # The revisions of this router's requests and of those of the others.

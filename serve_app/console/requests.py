@@ -23,6 +23,9 @@ MOST_TEXT = 200
 # several routers differ. They stay below 2^53, which JavaScript counts exactly.
 ID_STEP = 64
 
+# The model of a request whose model was not found, or not looked for yet.
+UNKNOWN = "unknown"
+
 Outcome = Literal["running", "ok", "refused", "failed", "left"]
 
 

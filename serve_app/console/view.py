@@ -15,7 +15,7 @@ import msgspec
 
 from serve_app.access.keys import ApiKey
 from serve_app.console.events import Event
-from serve_app.console.requests import Row
+from serve_app.console.requests import UNKNOWN, Row
 from serve_app.router.model_status import ModelStatus
 
 # What names of models consist of. In a text, other signs stand between names.
@@ -88,14 +88,15 @@ class Seen:
         ]
 
     def rows(self, rows: Iterable[Row]) -> list[Row]:
-        """Returns the requests that are shown."""
+        """Returns the requests that are shown. Those of the key itself whose model was not found, as of one that its
+        limits refused, are too."""
         key = self.view.key
         if key is None or (self.view.is_admin and self.view.sees_all):
             return list(rows)
         return [
             row if self.view.is_admin or row.key == key.name else _of_another_key(row)
             for row in rows
-            if self.view.sees_all or row.model in self.shown
+            if self.view.sees_all or row.model in self.shown or (row.key == key.name and row.model == UNKNOWN)
         ]
 
 

@@ -20,7 +20,7 @@ from serve_app.access.cluster_record import joined
 from serve_app.access.door import Inside, require_door, stand_behind
 from serve_app.access.gate import Gate, KeyedApp
 from serve_app.access.keys import configured_keys
-from serve_app.access.limiter import ActorLimiter
+from serve_app.access.limiter import ActorLimiter, router_token
 from serve_app.adapters.configured import taken_names
 from serve_app.adapters.deployed import deployed_applications
 from serve_app.adapters.records import Adapters, FoundInFolder, RecordReader, ReplicaRecord, write_found
@@ -85,6 +85,7 @@ class Model:
             await self._stop()
             raise
         await self._gate.start()
+        await asyncio.to_thread(router_token)  # When the router shows it, Ray's head may be away.
         stand_behind(Inside(self._gate, lambda: config, self.name, adapters=self._adapter_names))
         say(f"ready after {time.monotonic() - started:.0f} s")
 

@@ -186,9 +186,19 @@ class ModelDirectory:
     def load_time_s(self, name: str) -> float:
         """Returns the seconds that are left of a load like the last one, or a guess if none was seen. An adapter of
         which none was seen comes with its model."""
+        last, since = self._load_of(name)
+        return last if since is None else max(LEAST_WAIT_S, last - (time.monotonic() - since))
+
+    def time_left_s(self, name: str) -> float | None:
+        """Returns the seconds that are left of a load like the last one, or None once it takes longer than that."""
+        last, since = self._load_of(name)
+        left = last if since is None else last - (time.monotonic() - since)
+        return left if left > 0 else None
+
+    def _load_of(self, name: str) -> tuple[float, float | None]:
+        """Returns the seconds that the model's last load took, and when the one began that goes on."""
         last = self._load_times.get(name, self._load_times.get(self.application(name), RETRY_LOADING_S))
-        since = self._loading_since.get(name, self._waking_since.get(name))
-        return max(LEAST_WAIT_S, last - (time.monotonic() - since)) if since is not None else last
+        return last, self._loading_since.get(name, self._waking_since.get(name))
 
     def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
         """Returns the status for clients. A model that a request has woken is loading, though Serve does not say so."""

@@ -112,21 +112,21 @@ class Dispatcher:
         is_away = isinstance(lost, NotOpen)  # A model that gave its memory to another one may do so many times.
         if not is_away:
             self._suspicion.lost(self._directory.application(record.model), exchange.suspect, lost.death)
-        while transcript is not None and record.resumes < config.max_retries:
-            record.resumed()
-            await _backoff(record.resumes)
+        while transcript is not None and record.resume_tries < config.max_retries:
+            record.resumes_again()
+            await _backoff(record.resume_tries)
             try:
                 resumed = await self._go_on_once(exchange, config, request, transcript)
                 if is_away:
-                    record.not_resumed()
-                else:
-                    exchange.observer.resumed(exchange)
+                    record.not_tried()
+                elif resumed.answer is not None or resumed.last:
+                    exchange.resumed()
                 return resumed
             except HarmfulRequest:
                 raise
             except NotOpen as closed:  # Nothing was tried, so it goes back into the waiting room.
                 if not (isinstance(closed, EngineGone) and patience.has_ended()):
-                    record.not_resumed()
+                    record.not_tried()
                 reason = str(closed)
             except CannotResume as refusal:
                 reason = f"{lost}; the stream could not be continued: {refusal}"

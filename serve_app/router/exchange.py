@@ -39,6 +39,11 @@ class Exchange:
         self.record.retried()
         self.observer.retried(self)
 
+    def resumed(self) -> None:
+        """Notes that another replica continues the stream, because its replica was lost."""
+        self.record.resumed()
+        self.observer.resumed(self)
+
     def ended(self) -> None:
         """Notes that the request is over."""
         self.suspect.cleared()

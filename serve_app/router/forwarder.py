@@ -74,9 +74,11 @@ class Forwarder:
         try:
             require_small_headers(scope["headers"], self.config)
             require_plain_path(path)
+            key = self._gate.identity_of(scope)
+            exchange.record.came_with(None if key is None else key.name)
             body = await read_body(scope, receive, self.config)
             exchange.timing.was_read()
-            await unless_gone(self._answer(exchange, scope, body), receive)
+            await unless_gone(self._answer(exchange, scope, key, body), receive)
         except RequestError as error:
             if isinstance(error, Unauthorized | Forbidden | RateLimited):
                 self._metrics.key_refused(error.status)
@@ -108,16 +110,16 @@ class Forwarder:
         """Closes the way to the replicas when the router ends."""
         await self._upstream.close()
 
-    async def _answer(self, exchange: Exchange, scope: Scope, body: RequestBody) -> None:
+    async def _answer(self, exchange: Exchange, scope: Scope, key: ApiKey | None, body: RequestBody) -> None:
         """Admits the request, has it answered, and settles what it cost."""
         size, downstream = len(body.content), exchange.downstream
         seen = await beside_loop(size, body.peek)
         downstream.wants_comments = seen.stream is True and header(scope["headers"], PROGRESS_HEADER) is not None
         asked = await self._asked(seen.model)
-        key = self._gate.identity_of(scope, next(iter(asked.values())))
+        if key is not None:
+            key.require(next(iter(asked.values())))
         estimate = estimate_tokens(size, seen.token_limit, seen.answers)
         admission = await self._gate.admit(key, estimate)
-        exchange.record.admitted(admission.key_name)
         downstream.admitted(admission.headers)
         if self.config.console_keeps_prompts:
             await self.observer.admitted(exchange, body)

@@ -16,7 +16,7 @@ class RequestRecord:
         self.path = path
         self.model = "unknown"
         self.key: str | None = None
-        self.retries = self.resumes = 0
+        self.retries = self.resumes = self.resume_tries = 0
         self._timing = timing
         self._downstream = downstream
         self._metrics = metrics
@@ -25,8 +25,8 @@ class RequestRecord:
         """Notes the model, which exists, so that invented names stay out of the metrics."""
         self.model = model
 
-    def admitted(self, key: str | None) -> None:
-        """Notes the name of the key with which the request was let in."""
+    def came_with(self, key: str | None) -> None:
+        """Notes the name of the request's key, also of one that is refused later."""
         self.key = key
 
     def retried(self) -> None:
@@ -34,14 +34,18 @@ class RequestRecord:
         self.retries += 1
         self._metrics.retried(self.model)
 
+    def resumes_again(self) -> None:
+        """Counts a try to continue the stream, of which a request has only so many."""
+        self.resume_tries += 1
+
+    def not_tried(self) -> None:
+        """Takes the last try to continue the stream out of the count, because no replica was lost in it."""
+        self.resume_tries -= 1
+
     def resumed(self) -> None:
         """Counts that another replica continues the stream."""
         self.resumes += 1
         self._metrics.resumed(self.model)
-
-    def not_resumed(self) -> None:
-        """Takes the last try to continue the stream out of the count, because nothing was sent."""
-        self.resumes -= 1
 
     def tokens_used(self, estimate: int, is_refused: bool) -> int | None:
         """Returns the tokens that the request costs its key, or None if `estimate` stands.

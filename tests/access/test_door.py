@@ -125,6 +125,24 @@ async def test_the_page_of_the_console_needs_no_key(
     assert len(serve.seen) == (status == 200)
 
 
+async def test_a_page_that_asks_whether_it_needs_a_key_is_no_refusal(tmp_path: Path) -> None:
+    """A wrong key is one, and so is any other request without a key, or one to a model's own address."""
+    refused = list[int]()
+    async with client(Serve(), make_gate(tmp_path)[0], refused=refused.append) as http:
+        assert (await http.get("/ui/api/stream")).status_code == 401
+        assert refused == []
+        for path, headers in (
+            ("/ui/api/stream", {"authorization": "Bearer sk-wrong"}),
+            ("/ui/api/stream", {"x-api-key": "sk-wrong"}),
+            ("/v1/models", {}),
+        ):
+            assert (await http.get(path, headers=headers)).status_code == 401
+    assert refused == [401] * 3
+    async with client(Serve(), make_gate(tmp_path)[0], model="m", refused=refused.append) as http:
+        assert (await http.get("/ui/api/stream")).status_code == 401
+    assert refused == [401] * 4
+
+
 async def test_an_id_that_is_too_long_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It would stand in the answer and in the log. Serve, behind the door, does not see it either."""
     serve = Serve()

@@ -23,7 +23,6 @@ from serve_app.console.moment import deltas_for, state_of
 from serve_app.console.traffic import INTERVAL_S
 from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
-from serve_app.router.directory import LEAST_WAIT_S
 from serve_app.router.residency import Residency
 from serve_app.status.cluster_status import ClusterStatus, ModelView, ReplicaView
 from serve_app.status.reader import Reading
@@ -145,7 +144,9 @@ async def test_it_is_off_where_others_could_look_without_a_key(tmp_path: Path) -
             state = await http.get("/ui/api/state", headers=AUTH)
             assert state.status_code == status
             if status == 404:
-                assert "console: true" in state.json()["error"]["message"]
+                told = state.json()["error"]["message"]
+                assert "console: true" in told
+                assert ("set API keys" in told) == (app is off)  # Against an explicit false, keys do not help.
 
 
 class Stream:
@@ -199,6 +200,35 @@ async def ask(app: Any, headers: dict[str, str], model: str = "m") -> None:
     async with client(app) as http:
         body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
         await http.post("/v1/chat/completions", json=body, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        ("POST", "/ui/api/state", 405, "This path takes GET, HEAD"),
+        ("POST", "/ui/api/stream", 405, "This path takes GET, HEAD"),
+        ("POST", "/ui/", 405, "This path takes GET, HEAD"),
+        ("GET", "/ui/api/models/m/wake", 405, "This path takes POST"),
+        ("DELETE", "/ui/api/reload", 405, "This path takes POST"),
+        ("POST", "/ui/api/models/m/explode", 404, "The console has no such endpoint"),
+        ("POST", "/ui/api/nope", 404, "The console has no such endpoint"),
+        ("GET", "/ui/api/nope", 404, "The console has no such endpoint"),
+    ],
+)
+async def test_what_the_console_does_not_answer_goes_to_no_model(
+    method: str, path: str, status: int, told: str
+) -> None:
+    """A path below /ui names none. Where the console is off, that is what is said."""
+    console, app = console_app(open_gate())
+    async with client(app) as http:
+        answer = await http.request(method, path)
+        assert answer.status_code == status
+        assert told in answer.json()["error"]["message"]
+        if status == 405:
+            assert answer.headers["allow"] == told.removeprefix("This path takes ")
+    assert [row.path for row in console.ledger.rows_since()] == []
+    async with client(console_app(open_gate(), console=False)[1]) as http:
+        assert (await http.request("POST", "/ui/api/nope")).json()["error"]["code"] == "console_off"
 
 
 async def test_a_stream_tells_the_state_and_then_what_is_new() -> None:
@@ -382,10 +412,29 @@ async def test_a_key_is_sent_nothing_of_other_models(tmp_path: Path) -> None:
         outside = (await http.get("/ui/api/state", headers=OUTSIDE)).json()
     for text in texts:
         assert "other" not in text
-    assert [row["model"] for row in json.loads(texts[-1])["requests"]] == ["m"]
+    requests = json.loads(texts[-1])["requests"]
+    assert [(row["key"], row["model"], row["status"]) for row in requests] == [("a", "m", 200), ("a", "unknown", 403)]
     assert [model["name"] for model in outside["models"]] == ["other"]
     assert list(outside["traffic"]["models"]) == ["other"]
     await stream.leave()
+
+
+async def test_a_key_sees_its_own_requests_that_were_refused(tmp_path: Path) -> None:
+    """Before their model was found: by a limit of the key, or because of their body. Another key does not see them."""
+    models = Models(m=says(b"{}"), other=says(b"{}"))
+    gate = make_gate(tmp_path, "requests_per_minute: 1")[0]
+    _, app = console_app(gate, upstream=models, directory=models)
+    async with client(app) as http:
+        statuses = [
+            (await http.post("/v1/completions", content=body, headers=AUTH)).status_code
+            for body in (b'{"model": "m", "prompt": ""}', b'{"model": "m", "prompt": ""}', b"{", b'{"model": "other"}')
+        ]
+        assert statuses == [200, 429, 400, 403]
+        seen = (await http.get("/ui/api/state", headers=AUTH)).json()["requests"]
+        assert [(row["status"], row["key"], row["model"]) for row in seen] == [
+            (200, "a", "m"), (429, "a", "unknown"), (400, "a", "unknown"), (403, "a", "unknown"),
+        ]  # fmt: skip
+        assert (await http.get("/ui/api/state", headers=OUTSIDE)).json()["requests"] == []
 
 
 async def test_the_stream_of_a_key_that_is_gone_ends(tmp_path: Path) -> None:
@@ -546,8 +595,8 @@ async def test_when_a_model_is_ready_is_not_told_once_the_estimate_has_passed(mo
     console, _ = console_app(open_gate(), directory=directory)
     await console.ledger.tick()
     await console.watch.read()
-    for left_s, told in ((12.34, 12.3), (LEAST_WAIT_S, None)):
-        monkeypatch.setattr(directory, "load_time_s", lambda _, left_s=left_s: left_s)
+    for left_s, told in ((12.34, 12.3), (None, None)):
+        monkeypatch.setattr(directory, "time_left_s", lambda _, left_s=left_s: left_s)
         snapshot = console.watch.now()
         assert snapshot is not None
         assert snapshot.ready_in_s["m"] == told

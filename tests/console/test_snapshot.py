@@ -201,6 +201,7 @@ ROWS = [
             ("mine", "team", "tell nobody of secretive"),
             ("secretive", "team", "x"),
             ("unknown", "k", "y"),
+            ("unknown", "team", "z"),
         ]
     )
 ]
@@ -231,7 +232,7 @@ def shown_to(view: View) -> bytes:
             nodes_json(placed_nodes(found), seen),
             models_json(found, seen, lambda name: ["wake"]),
             [event_json(event) for event in seen.events(EVENTS)],
-            seen.rows(ROWS[1:]),
+            seen.rows(row for row in ROWS if row.key != "k"),
         ]
     )
 
@@ -283,13 +284,14 @@ def test_what_others_hold_is_not_known_if_a_replica_cannot_tell_what_it_holds(vi
 
 
 def test_of_another_keys_request_a_user_sees_no_more_than_its_outcome() -> None:
-    """Its id, its path and its prompt were chosen by somebody else. An admin sees all."""
+    """Its id, its path and its prompt were chosen by somebody else. Of those whose model is not known, as of one that
+    was refused, it sees its own. An admin sees all."""
     seen = key("mine").seen({"mine": ModelStatus("mine", "ready", 1)})
-    own, other = seen.rows(ROWS)
-    assert own == ROWS[0]
+    own, other, refused = seen.rows(ROWS)
+    assert (own, refused) == (ROWS[0], ROWS[3])
     assert (other.request_id, other.path, other.key, other.prompt, other.status) == ("", "", None, msgspec.UNSET, 200)
     everything = key().seen({})
-    assert [row.key for row in everything.rows(ROWS)] == ["k", None, None, "k"]
+    assert [row.key for row in everything.rows(ROWS)] == ["k", None, None, "k", None]
     assert key(role="admin").seen({}).rows(ROWS) == ROWS
     assert EVERYBODY.seen({}).rows(ROWS) == ROWS
 

@@ -3,7 +3,7 @@
 import pytest
 
 from serve_app.router import directory as directory_module
-from serve_app.router.directory import ModelDirectory
+from serve_app.router.directory import RETRY_LOADING_S, ModelDirectory
 from serve_app.router.model_status import read_status, summarize
 from tests.builders import application
 
@@ -90,8 +90,12 @@ def test_the_time_of_a_wake_is_known_though_who_woke_it_left(monkeypatch: pytest
 
     seen("RUNNING", 0)
     directory.waking("a")
+    assert directory.time_left_s("a") == directory.load_time_s("a") == RETRY_LOADING_S
+    now[0] = RETRY_LOADING_S - 0.25
+    assert (directory.time_left_s("a"), directory.load_time_s("a")) == (0.25, 1.0)
     now[0] = 30.0
     assert directory.load_time_s("a") == 1.0  # It should be there by now.
+    assert directory.time_left_s("a") is None
     seen("RUNNING", 1)
     now[0] = 36_000.0
     seen("RUNNING", 0)

@@ -12,6 +12,7 @@ import pytest
 from starlette.types import Message
 
 from serve_app.access.gate import Admission, Gate
+from serve_app.access.keys import ApiKey
 from serve_app.config import RouterConfig
 from serve_app.errors import DeadlineExceeded, UnreadableAnswer
 from serve_app.router import dispatcher, downstream, relay, suspicion
@@ -179,10 +180,8 @@ async def test_a_model_hears_the_name_of_the_key_from_the_router_alone(
         heard.extend(value for name, value in request.headers if name == b"x-serve-app-key-name")
         return 200, [b"{}"]
 
-    async def admit(*_: object) -> Admission:
-        return Admission(key)
-
-    monkeypatch.setattr(Gate, "admit", admit)
+    identity = None if key is None else ApiKey(name=key, sha256="0" * 64)
+    monkeypatch.setattr(Gate, "identity_of", lambda *_: identity)
     _, client = forwarder_of(Models(a=reply))
     headers = {"x-serve-app-key-name": "another", "connection": "x-serve-app-key-name"}
     async with client:

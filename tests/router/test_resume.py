@@ -123,10 +123,15 @@ async def engine() -> AsyncIterator[ASGIApp]:
 
 
 class Resumes(Nobody):
-    """Counts how often a stream went on."""
+    """Counts how often a stream went on, and keeps what the record of each request says of that."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.told: list[int] = []
+
+    def ended(self, exchange: Exchange) -> None:
+        """Keeps it."""
+        self.told.append(exchange.record.resumes)
 
     def resumed(self, exchange: Exchange) -> None:
         """Counts it."""
@@ -189,7 +194,7 @@ async def test_several_losses_in_one_stream(engine: ASGIApp) -> None:
     assert observer.count == 0
     events = await stream(Replicas(engine, [3, 2, 4, 1]), "/v1/completions", TEXT, observer)
     assert text_of(events) == expected
-    assert observer.count == 4
+    assert (observer.count, observer.told) == (4, [0, 4])
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -272,9 +277,11 @@ async def test_a_request_of_too_many_values_is_not_taken_up_again() -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_what_cannot_go_on_says_so(engine: ASGIApp) -> None:
-    """Two choices are two streams in one."""
-    events = await stream(Replicas(engine, [3]), "/v1/completions", {**TEXT, "n": 2})
+    """Two choices are two streams in one. The try does not count as a stream that went on."""
+    observer = Resumes()
+    events = await stream(Replicas(engine, [3]), "/v1/completions", {**TEXT, "n": 2}, observer)
     assert "sets 'n'" in events[-1]["error"]["message"]
+    assert (observer.count, observer.told) == (0, [0])
 
 
 @pytest.mark.parametrize(

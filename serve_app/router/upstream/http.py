@@ -4,6 +4,7 @@ Two cases need the handle instead: a model without a running replica, which Serv
 replicas that no connection reaches.
 """
 
+import asyncio
 import logging
 import socket
 import time
@@ -20,6 +21,7 @@ from serve_app.access.limiter import router_token
 from serve_app.errors import Overloaded, UnreadableAnswer
 from serve_app.router.directory import ModelDirectory
 from serve_app.router.engine_loss import is_lost_status
+from serve_app.router.suspicion import Death
 from serve_app.router.upstream.addresses import Lease, ReplicaAddress, ReplicaAddresses
 from serve_app.router.upstream.protocol import (
     FULL_RETRY_S,
@@ -54,7 +56,8 @@ SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 )
-# A key that opens the router's door does not open a replica's, where the router's own token does.
+# A key that opens the router's door does not open a replica's, where the router's own token does. Without keys, what
+# stands in these headers is passed on like any other header.
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 # The log gets a line about replicas that are not reached at most once in this many seconds.
 WARN_EVERY_S = 60.0
@@ -77,6 +80,7 @@ class HttpUpstream:
 
     async def start(self) -> None:
         """Does what `Upstream` says."""
+        await asyncio.to_thread(router_token)  # Later, Ray's head may be away.
         await self._addresses.watch()
         keep_alive_s = KEEP_ALIVE_SHARE * self._addresses.keep_alive_s
         self._session = aiohttp.ClientSession(
@@ -158,7 +162,7 @@ class HttpUpstream:
         except aiohttp.ClientError as error:
             death = address.lost()
             lease.end()
-            raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
+            raise _broken(error, address, death) from error
         except BaseException:
             lease.end()
             raise
@@ -200,8 +204,9 @@ class HttpUpstream:
         headers = CIMultiDict(
             (key.decode("latin-1"), _text(value)) for key, value in request.headers if key not in shut
         )
-        if shut:
-            headers[ROUTER_HEADER.decode()] = router_token().decode()
+        # Without keys, the replica would compare a page's `Origin` with its own address, and the router has compared it
+        # with the one that the browser knows.
+        headers[ROUTER_HEADER.decode()] = router_token().decode()
         return headers
 
 
@@ -224,7 +229,7 @@ class HttpAnswer:
                 yield piece
         except aiohttp.ClientError as error:
             death = self._lease.address.lost()
-            raise ReplicaLost(f"{type(error).__name__}: {error}", death) from error
+            raise _broken(error, self._lease.address, death) from error
 
     def lost(self, message: str) -> ReplicaLost:
         """Returns the error to raise. The replica must report its health before anything is sent there again. If it is
@@ -254,6 +259,12 @@ async def _raise_of_serve(address: ReplicaAddress, answer: HttpAnswer, reply: ai
     if BACKPRESSURE in reason:
         raise Overloaded("The model's queue is full. Try again later.", retry_after_s=FULL_RETRY_S)
     raise ReplicaLost(reason or f"HTTP {reply.status}")
+
+
+def _broken(error: aiohttp.ClientError, address: ReplicaAddress, death: Death | None) -> ReplicaLost:
+    """Returns the error to raise for a connection that broke. How it did is for the log and not for clients."""
+    logger.info("The connection to the replica at %s broke: %s: %s", address.url, type(error).__name__, error)
+    return ReplicaLost("the connection to the replica broke", death)
 
 
 def _unreadable(error: aiohttp.ClientResponseError) -> UnreadableAnswer:

@@ -2,21 +2,25 @@
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import httpx
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 from ray.serve._private.common import RequestProtocol
 from ray.serve.schema import Target, TargetGroup
 
-from serve_app.access.gate import Gate
+from serve_app.access.door import Inside, OuterDoor
+from serve_app.access.gate import Gate, KeyedApp
 from serve_app.access.keys import KeySource
 from serve_app.access.limiter import ActorLimiter
+from serve_app.config import RouterConfig
 from serve_app.errors import Overloaded, UnreadableAnswer
 from serve_app.router.model_status import ModelStatus
 from serve_app.router.suspicion import TOGETHER_S
@@ -28,6 +32,12 @@ from serve_app.wire.asgi import HttpRequest
 
 CHAT = HttpRequest("POST", "/v1/chat/completions", b"", [(b"content-type", b"application/json")], b"{}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the router shows to replicas, which is in Ray's store otherwise."""
+    monkeypatch.setattr(http_upstream, "router_token", lambda: b"token")
 
 
 class Ready:
@@ -168,8 +178,8 @@ async def test_where_no_replica_takes_a_connection_a_handle_is_the_way(caplog: p
     assert "takes a connection" in caplog.text
 
 
-async def test_a_replica_that_breaks_off_is_lost() -> None:
-    """Before its head, and in its body."""
+async def test_a_replica_that_breaks_off_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """Before its head, and in its body. What aiohttp says of it is in the log, and clients read a sentence."""
 
     async def breaks(request: web.Request) -> web.StreamResponse:
         if "late" in request.path:
@@ -180,12 +190,16 @@ async def test_a_replica_that_breaks_off_is_lost() -> None:
         request.transport.abort()
         return web.Response()
 
+    caplog.set_level(logging.INFO)
     async with replica(breaks) as server, upstream_of(server.port) as (up, at, _):
-        with pytest.raises(ReplicaLost):
+        with pytest.raises(ReplicaLost) as early:
             await up.send("qwen", CHAT)
         answer = await up.send("qwen", HttpRequest("POST", "/late", b"", [], b"{}"))
-        with pytest.raises(ReplicaLost):
+        with pytest.raises(ReplicaLost) as late:
             await body_of(answer)
+        assert str(early.value) == str(late.value) == "the connection to the replica broke"
+        assert caplog.text.count(f":{server.port}/models/qwen broke: ") == 2
+        assert "ClientPayloadError" in caplog.text
         assert [address.running for address in at.by_preference("qwen")] == [0]
 
 
@@ -431,7 +445,7 @@ async def test_a_connection_notices_that_a_node_has_vanished() -> None:
         await answer.close()
 
 
-async def test_headers_arrive_as_they_were_and_keys_stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_headers_arrive_as_they_were_and_keys_stay_here() -> None:
     """The router's token opens the replica, so the client's key is not needed there. Without keys it is not ours."""
 
     async def tell(request: web.Request) -> web.StreamResponse:
@@ -439,7 +453,6 @@ async def test_headers_arrive_as_they_were_and_keys_stay_here(monkeypatch: pytes
 
     given = [(b"x-request-id", "café".encode()), (b"authorization", b"Bearer sk-x"), (b"x-api-key", b"sk-x")]
     request = HttpRequest("POST", "/v1/x", b"", given, b"{}")
-    monkeypatch.setattr(http_upstream, "router_token", lambda: b"token")
     async with replica(tell) as server:
         async with upstream_of(server.port) as (up, _, _handles):
             seen = json.loads(await body_of(await up.send("qwen", request)))
@@ -447,6 +460,38 @@ async def test_headers_arrive_as_they_were_and_keys_stay_here(monkeypatch: pytes
         async with upstream_of(server.port, keys={"SERVE_APP_API_KEYS": "sk-x-of-the-upstream"}) as (up, _, _handles):
             seen = json.loads(await body_of(await up.send("qwen", request)))
             assert seen.keys() & {"authorization", "x-api-key", "x-serve-app-router"} == {"x-serve-app-router"}
+
+
+@pytest.mark.parametrize("host", ["10.0.0.5:8000", "127.0.0.1:8000"])
+async def test_a_page_that_the_router_has_let_in_is_let_in_by_the_replica(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """A page of the router's own address asks a replica whose address is another one. Without the router, the replica
+    refuses that page."""
+    monkeypatch.setattr("serve_app.access.gate.router_token", lambda: b"token")
+    gate, seen = Gate(KeySource(None, {}), ActorLimiter()), list[Mapping[bytes, bytes]]()
+
+    async def engine(scope: Any, _receive: Any, send: Any) -> None:
+        seen.append(dict(scope["headers"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    door = OuterDoor(KeyedApp(engine, gate, "qwen"), Inside(gate, RouterConfig, "qwen"))
+
+    async def behind_the_door(request: web.Request) -> web.StreamResponse:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url=f"http://{request.host}") as http:
+            reply = await http.post(request.path, content=await request.read(), headers=list(request.headers.items()))
+        return web.Response(status=reply.status_code, body=reply.content)
+
+    page = HttpRequest("POST", "/v1/chat/completions", b"", [(b"origin", f"http://{host}".encode())], b"{}")
+    async with replica(behind_the_door) as server, upstream_of(server.port) as (up, _, _handles):
+        answer = await up.send("qwen", page)
+        assert (answer.status, await body_of(answer)) == (200, b"{}")
+        assert seen[0][b"origin"] == f"http://{host}".encode()
+        if host.startswith("10."):
+            async with httpx.AsyncClient() as browser:
+                direct = await browser.post(str(server.make_url("/v1/x")), headers={"origin": f"http://{host}"})
+            assert direct.status_code == 403
 
 
 def test_the_controllers_word_replaces_what_was_known() -> None:
