@@ -22,6 +22,7 @@ from serve_app.cli.init import Choice, config_text, default_name
 from serve_app.cli.plan.plan import left_for
 from serve_app.cli.plan.requests import requests_of_file
 from serve_app.cli.plan.text import page
+from serve_app.cli.plan.to_deploy import to_deploy
 from serve_app.cli.plan.write import fixed_text, pinned_text
 from serve_app.console.what_if import PlanJob
 from serve_app.errors import ConfigError
@@ -72,6 +73,9 @@ def answer(job: PlanJob) -> dict[str, Any]:
         made, more = _planned(job, text)
         fixes = _fixes(made)
         file, change = _file(job, made, text, fixes)
+        if file is not None and job.yaml is None:
+            file, place = to_deploy(file, job.served, {model.name for model in job.running.models})
+            change = [*change, place]
     told = re.findall(r"^note: (.*)$", notes.getvalue(), re.MULTILINE)
     return {
         "fits": made.fits,
@@ -118,7 +122,7 @@ def _file_of(args: dict[str, Any], has_gpus: bool) -> str:
     """Returns the file that `serve-app init` would write for a model. Raises ConfigError."""
     model, backend = str(args.pop("model")), str(args.pop("infer_backend", "auto"))
     name = default_name(model)
-    return config_text(Choice(model, name, backend, None if has_gpus else "cpu", more=args))
+    return config_text(Choice(model, name, backend, None if has_gpus else "cpu", more=args), otherwise="")
 
 
 def _fixes(made: Plan) -> list[Fix]:

@@ -17,7 +17,7 @@ def read_again(start: "Start") -> "Start":
     """Returns what the file says now. Raises ConfigError with all its mistakes."""
     applications, document = read_config(start.file, start.http_options)
     require_serves_schema(start.file)
-    return replace(start, applications=applications, document=document)
+    return replace(start, applications=applications, document=document, text=start.file.read_text())
 
 
 def as_served(start: "Start", applications: Mapping[str, Any]) -> "Start":
