@@ -308,13 +308,15 @@ class Runner:
 
     def _read_again(self, watch: "StartWatch", why: str) -> Outcome:
         """Deploys the file as it is now. If it is wrong or would end what others have deployed, nothing changes."""
-        from serve_app.cli.start.reload import as_served, effects, ended_by, read_again
+        from serve_app.cli.start.model_folders import require_folders
+        from serve_app.cli.start.reload import as_served, effects, ended_by, read_again, with_started_options
         from serve_app.cli.start.watch import UNREACHABLE
         from serve_app.ray_serve import deploy, serve_details
 
         file = self.start.file
         try:
             start = read_again(self.start)
+            require_folders(start.applications)
             applications = serve_details(STATUS_TIMEOUT_S)["applications"]
             if lost := ended_by(start, self.start, applications):
                 return self._refused(why, _would_end(file, lost))
@@ -333,7 +335,7 @@ class Runner:
             reason = f"Serve did not deploy it: {' '.join(str(error).split())[:MOST_REASON]}"
             self.view.event(f"{file} was read again{why}. {reason}")
             return Outcome(problem=reason)
-        self.start = start
+        self.start = with_started_options(start, self.start)
         with contextlib.suppress(*UNREACHABLE):  # Ray's head may be restarting.
             self._served.keep_text(self._token, start.text)
         watch.expect(start.names, start.others, start.routers)
