@@ -73,6 +73,22 @@ async def test_a_model_comes_back_as_an_application_that_ends_nothing() -> None:
     assert (on_gpu["fits"], "device: cpu" in on_gpu["yaml"]) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"num_gpus": 1}, "num_gpus asks for GPUs, but this cluster has none, so the model is planned on the CPU."),
+        ({"max_memory": {"0": "10GiB"}}, "max_memory asks for GPUs, but this cluster has none"),
+        ({"num_gpus": 1, "tensor_parallel_size": 2}, "num_gpus and tensor_parallel_size ask for GPUs"),
+    ],
+)
+async def test_a_field_of_gpus_is_refused_where_there_is_none(fields: dict[str, Any], told: str) -> None:
+    """The visitor has not written the `device: cpu` of the file, so its words would be no help."""
+    with pytest.raises(InvalidRequest) as caught:
+        await plan({**MODEL, **fields})
+    assert told in caught.value.message
+    assert "device" not in caught.value.message
+
+
 async def test_a_model_is_added_to_the_file_that_is_served() -> None:
     """The file keeps its comments and all that it has, and says what the plan chose for the new model."""
     plans = WhatIf(
