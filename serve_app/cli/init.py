@@ -293,8 +293,9 @@ COMMENTS = {
 }
 
 
-def config_text(choice: Choice) -> str:
-    """Returns the config file, with a comment on each line that a user may want to change."""
+def config_text(choice: Choice, otherwise: str = "taken from the plan") -> str:
+    """Returns the config file, with a comment on each line that a user may want to change. `otherwise` is the comment
+    on fields that have none of their own."""
     args = choice.args()
     lines = [
         ("# `serve-app init` made this file. docs/configuration.md of serve-app explains every field.", ""),
@@ -314,7 +315,7 @@ def config_text(choice: Choice) -> str:
         ("  import_path: serve_app.app:model", ""),
         (f"  route_prefix: {_scalar('/models/' + choice.name)}", "its own HTTP route"),
         ("  args:", ""),
-        *((f"    {name}: {_scalar(value)}", COMMENTS.get(name, "taken from the plan")) for name, value in args.items()),
+        *((f"    {name}: {_scalar(value)}", COMMENTS.get(name, otherwise)) for name, value in args.items()),
     ]
     return "".join(f"{text:<39} # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 

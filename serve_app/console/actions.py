@@ -148,7 +148,7 @@ class Actions:
             self._note(visitor, "config", "", text)
             raise
         count = len(done.lines)
-        changes = "and nothing changes" if not count else f"and {count} change{'' if count == 1 else 's'} follow"
+        changes = "and nothing changes" if not count else f"and {count} change{'s follow' if count > 1 else ' follows'}"
         self._note(visitor, "config", "", f"The config file was read again, {changes}, because an admin asked for it.")
         return done
 
@@ -194,11 +194,16 @@ def possible(model: ModelStatus, states: Sequence[str]) -> list[str]:
 def require_all_models(visitor: Visitor) -> None:
     """Raises AdminOnly unless the visitor is an admin of all models, since what is asked for concerns all of them."""
     require_admin(visitor)
-    if visitor.key is not None and visitor.key.models is not None:
+    if visitor.key is not None and not may_all(visitor.is_admin, visitor.key):
         raise AdminOnly(
             f"The API key '{visitor.key.name}' is an admin of some models, and this concerns all of them. Use a key "
             "with role: admin and without models."
         )
+
+
+def may_all(is_admin: bool, key: ApiKey | None) -> bool:
+    """Returns whether an admin with this key, or without any where none is needed, may do what concerns all models."""
+    return is_admin and (key is None or key.models is None)
 
 
 def _who(key: ApiKey | None) -> str:

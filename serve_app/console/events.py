@@ -118,9 +118,9 @@ def residency_events(before: Mapping[str, Sequence[str]], after: Mapping[str, Se
             continue
         was, now = "resident" in then, "resident" in states
         if now and not was:
-            found.append(Happened("swapped", name, f"{name} holds its memory again."))
+            found.append(Happened("swapped", name, f"{name} holds its memory now."))
         elif was and not now:
-            found.append(Happened("swapped", name, f"{name} gives its memory to another model of its pool."))
+            found.append(Happened("swapped", name, f"{name} gives back its memory to its pool."))
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from serve_app import __version__
-from serve_app.console.actions import possible
+from serve_app.console.actions import may_all, possible
 from serve_app.console.events import Event
 from serve_app.console.requests import Row
 from serve_app.console.snapshot import Placed, Snapshot, event_json, models_json, nodes_json, placed_nodes
@@ -117,6 +117,8 @@ def state_of(moment: Moment, view: View, told: Told | None = None, last_event: i
             "keys": key is not None,
             "key": None if key is None else key.name,
             "is_admin": view.is_admin,
+            "may_plan": may_all(view.is_admin, key),
+            "may_reload": may_all(view.is_admin, key),
             "keeps_prompts": moment.keeps_prompts,
         },
         "nodes": _raw(shown.nodes.values()),

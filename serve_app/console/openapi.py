@@ -61,7 +61,9 @@ _STATE = _object(
     version=_TEXT,
     time=_NUMBER,
     router=_TEXT,
-    access=_object(keys=_FLAG, key=_TEXT_OR_NONE, is_admin=_FLAG, keeps_prompts=_FLAG),
+    access=_object(
+        keys=_FLAG, key=_TEXT_OR_NONE, is_admin=_FLAG, may_plan=_FLAG, may_reload=_FLAG, keeps_prompts=_FLAG
+    ),
     nodes=_list(reference("ConsoleNode")),
     models=_list(reference("ConsoleModel")),
     traffic=_object(interval_s=_NUMBER, slot=_COUNT, models={"type": "object", "additionalProperties": _SERIES}),

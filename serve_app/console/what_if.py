@@ -31,6 +31,7 @@ from serve_app.errors import (
 from serve_app.facts.inventory import Inventory
 from serve_app.status.beside import Running
 from serve_app.status.running import read_running
+from serve_app.status.served_file import ServedFiles
 from serve_app.wire.openai_errors import read_json
 
 logger = logging.getLogger("ray.serve")
@@ -59,25 +60,32 @@ WRONG = 2
 @dataclass(frozen=True)
 class PlanJob:
     """This is what is to be planned: a config file, or the `args` of one model without a file, neither of which was
-    checked. The devices and what runs there are those of the cluster. A plan takes some hundred megabytes, and its
-    process may hold `most_memory_bytes`."""
+    checked. The devices and what runs there are those of the cluster. `served` is the name and the text of the file
+    that `serve-app run` serves, or None. A plan takes some hundred megabytes, and its process may hold
+    `most_memory_bytes`."""
 
     inventory: Inventory
     running: Running
     yaml: str | None = None
     args: Mapping[str, Any] | None = None
     most_memory_bytes: int = MOST_MEMORY_BYTES
+    served: tuple[str, str] | None = None
 
 
 Run = Callable[[PlanJob], Awaitable[bytes]]
 
 
 class WhatIf:
-    """Plans for one router replica. `read` returns the devices and what runs there, for which it may block, and `run`
-    makes the plan."""
+    """Plans for one router replica. `read` returns the devices and what runs there, `served` returns the name and the
+    text of the file that is served, for which both may block, and `run` makes the plan."""
 
-    def __init__(self, read: Callable[[], tuple[Inventory, Running]] = read_running, run: Run | None = None):
-        self._read, self._run = read, run or run_planner
+    def __init__(
+        self,
+        read: Callable[[], tuple[Inventory, Running]] = read_running,
+        run: Run | None = None,
+        served: Callable[[], tuple[str, str] | None] | None = None,
+    ):
+        self._read, self._run, self._served = read, run or run_planner, served or ServedFiles().text
         self._reading: asyncio.Future[tuple[Inventory, Running]] | None = None
         self._read_at = float("-inf")
         self._at_once = 0
@@ -97,7 +105,8 @@ class WhatIf:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 inventory, running = await self._facts()
-                return await self._run(PlanJob(inventory, running, yaml, args))
+                served = None if args is None else await self._served_file()
+                return await self._run(PlanJob(inventory, running, yaml, args, served=served))
         except TimeoutError:
             raise DeadlineExceeded(
                 f"The plan was not made within {TIMEOUT_S:g} s. Plan fewer models at once, or use `serve-app plan FILE "
@@ -117,6 +126,14 @@ class WhatIf:
             self._reading = None
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelUnavailable(f"The cluster did not say what it runs: {reason}", retry_after_s=RETRY_S) from None
+
+    async def _served_file(self) -> tuple[str, str] | None:
+        """Returns the file that is served. The plan is made without it if Ray's head does not answer."""
+        try:
+            return await asyncio.to_thread(self._served)
+        except Exception as error:  # As above, Ray raises several kinds.
+            logger.warning("A plan is made without the file that is served: %s", error)
+            return None
 
     def _was_read(self, reading: "asyncio.Future[tuple[Inventory, Running]]") -> None:
         self._read_at = time.monotonic()
@@ -153,8 +170,11 @@ def _text(fields: Mapping[str, Any], name: str, most: int) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise InvalidRequest(f"The field '{name}' must be a text.", param=name)
-    if not value.strip() or len(value) > most:
-        raise InvalidRequest(f"The field '{name}' must have 1 to {most} characters that are no spaces.", param=name)
+    if not value.strip():
+        what = "Name a model: its id on the hub, or a folder of the server." if name == "model" else "Send a file."
+        raise InvalidRequest(f"The field '{name}' is empty. {what}", param=name)
+    if len(value) > most:
+        raise InvalidRequest(f"The field '{name}' has {len(value)} characters, but takes at most {most}.", param=name)
     return value
 
 

@@ -203,7 +203,7 @@ class ModelDirectory:
     def seen_from_outside(self, model: ModelStatus) -> ModelStatus:
         """Returns the status for clients. A model that a request has woken is loading, though Serve does not say so."""
         if model.state == "asleep" and model.name in self._waking_since:
-            return replace(model, state="loading", message="a replica is being started for the requests that wait")
+            return replace(model, state="loading", message="a replica is being started")
         return model
 
     def hidden_by(self, aliases: Collection[str]) -> list[str]:

@@ -100,7 +100,8 @@ def _is_taken(device: Device, own: Iterable[Holding], pools: Iterable[RunningPoo
 
 def _notes(inventory: Inventory, replaced: Sequence[RunningModel], staying: Sequence[RunningModel]) -> Iterable[str]:
     if replaced:
-        yield f"What {_named(replaced)} holds now counts as free, because the plan has it anew."
+        holds = "holds" if len({model.name for model in replaced}) == 1 else "hold"
+        yield f"What {_named(replaced)} {holds} now counts as free, because the plan has it anew."
     if starting := [model for model in staying if model.starting]:
         yield f"{_named(starting)} has replicas that have not reported what they hold, so they are not counted."
     if asleep := [model for model in staying if model.is_asleep]:

@@ -150,7 +150,8 @@ def _model(
         running = len(survivors)
         state = "ready" if running else status.state
         what = "its update failed" if running else "it could not be built"
-        return ModelView(status.name, state, running, max(1, running), replicas, "", f"{what}: {status.message}")
+        error = f"{what}: {status.message}" if status.message else ""  # Nothing has failed while it is being built.
+        return ModelView(status.name, state, running, max(1, running), replicas, "", error)
     starting = sum(view.state in ("STARTING", "UPDATING") and view.pid is not None for view in replicas)
     short = wanted - status.replicas - starting if status.state != "stopping" else 0
     asked = bundles.get(status.name) or [deployment.get("required_resources") or {}]

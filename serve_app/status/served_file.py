@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from serve_app import ray_serve
@@ -17,6 +18,8 @@ PREFIX = "serve-app-file/"
 RECORD = f"{PREFIX}served".encode()
 # So many wishes may wait, of which one is answered for all.
 MOST_WISHES = 16
+# A larger file is not kept as a text.
+MOST_TEXT_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,21 @@ class ServedFiles:
         """Says that this file is served from now on, and removes what earlier runs have left."""
         self._clear()
         self._store.write(RECORD, json.dumps(asdict(served)).encode())
+
+    def keep_text(self, token: str, text: str) -> None:
+        """Keeps the text of the file that the run of this token has deployed, or none if it is too large."""
+        content, key = text.encode(), _key("text", token)
+        if content and len(content) <= MOST_TEXT_BYTES:
+            self._store.write(key, content)
+        else:
+            self._store.delete(key)
+
+    def text(self) -> tuple[str, str] | None:
+        """Returns the name of the file that is served, without its folder, and its text as it was deployed. Returns
+        None if the cluster was deployed in another way or if the file is too large."""
+        served = self.served()
+        content = self._store.read(_key("text", served.token)) if served is not None else None
+        return (PurePath(served.file).name, content.decode(errors="replace")) if served and content else None
 
     def forget(self, token: str) -> None:
         """Says that the run of this token serves its file no more. That of another run stays."""

@@ -74,7 +74,8 @@ async def test_the_page_needs_no_key_and_the_state_does(tmp_path: Path) -> None:
         assert (await http.get("/ui/api/state")).status_code == 401
         assert (await http.get("/ui/api/stream")).status_code == 401
         assert (await http.get("/ui/api/state", headers=AUTH)).json()["access"] == {
-            "keys": True, "key": "a", "is_admin": False, "keeps_prompts": False,
+            "keys": True, "key": "a", "is_admin": False, "may_plan": False, "may_reload": False,
+            "keeps_prompts": False,
         }  # fmt: skip
 
 

@@ -101,11 +101,12 @@ def test_every_change_of_a_model_is_told_once() -> None:
 def test_models_that_swap_are_told_of() -> None:
     """A model is resident if one of its replicas is."""
     assert [each.text for each in residency_events({"m": ["resident"]}, {"m": ["parked"]})] == [
-        "m gives its memory to another model of its pool."
+        "m gives back its memory to its pool."
     ]
-    assert [each.text for each in residency_events({"m": ["parked"]}, {"m": ["resident"]})] == [
-        "m holds its memory again."
-    ]
+    for before in (["parked"], ["waking"], []):  # It may hold it for the first time.
+        assert [each.text for each in residency_events({"m": before}, {"m": ["resident"]})] == [
+            "m holds its memory now."
+        ]
     assert residency_events({"m": ["resident", "resident"]}, {"m": ["resident", "parked"]}) == []
     assert residency_events({}, {"m": ["resident"]}) == []
 

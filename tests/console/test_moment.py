@@ -3,10 +3,17 @@
 import gc
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from serve_app.console.actions import require_all_models
+from serve_app.console.guard import Visitor
 from serve_app.console.moment import Moment, News, Told, deltas_for, state_of
+from serve_app.console.view import View
+from serve_app.errors import AdminOnly
 from tests.console.test_snapshot import EVERYBODY, GIB, OTHER_NODE, RAY_NODE, key, snapshot, told
 
 NOTHING = News({100: {}}, (), ())
@@ -54,6 +61,18 @@ def test_a_node_that_a_key_does_not_see_change_is_not_told() -> None:
     _, had = delta_of(first, None, key("mine"))
     delta, _ = delta_of(moment(told("mine", GIB)), had, key("mine"))
     assert "gone_models" not in delta
+
+
+@pytest.mark.parametrize(
+    ("view", "may"),
+    [(EVERYBODY, True), (key(role="admin"), True), (key("a", role="admin"), False), (key(), False), (key("a"), False)],
+)
+def test_a_page_is_told_what_its_key_may_do(view: View, may: bool) -> None:
+    """What concerns all models needs an admin of all of them, which is what the actions themselves ask for."""
+    access = json.loads(state_of(moment(told("a", GIB)), view)[0])["access"]
+    assert (access["may_plan"], access["may_reload"]) == (may, may)
+    with nullcontext() if may else pytest.raises(AdminOnly):
+        require_all_models(Visitor(view.key, view.is_admin))
 
 
 def test_a_state_has_what_the_other_pages_have() -> None:

@@ -58,15 +58,49 @@ async def test_a_file_comes_back_with_what_was_chosen() -> None:
     assert "kv_cache_memory_bytes:" in told["yaml"]
 
 
-async def test_a_model_comes_back_as_a_file_of_its_own() -> None:
-    """With the fields that were sent, on the CPU where there is no GPU."""
+async def test_a_model_comes_back_as_an_application_that_ends_nothing() -> None:
+    """With the fields that were sent, on the CPU where there is no GPU. Without the file that is served, it is no file
+    that could be deployed."""
     told = await plan({**MODEL, "max_model_len": 256, "max_memory": {"cpu": "1GiB"}, "dtype": None})
     assert told["fits"]
-    assert "serve_app.app:router" in told["yaml"]
+    assert told["yaml"].startswith("# Add this to the applications of your file.\n- name: demo ")
+    assert told["notes"][0] == "What you download is one application. Add it to the applications of your file."
+    assert "taken from the plan" not in told["yaml"]
+    assert "router" not in told["yaml"]
     assert "device: cpu" in told["yaml"]
     assert "max_model_len: 256" in told["yaml"]
     on_gpu = await plan(MODEL, device=CARD)
     assert (on_gpu["fits"], "device: cpu" in on_gpu["yaml"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"num_gpus": 1}, "num_gpus asks for GPUs, but this cluster has none, so the model is planned on the CPU."),
+        ({"max_memory": {"0": "10GiB"}}, "max_memory asks for GPUs, but this cluster has none"),
+        ({"num_gpus": 1, "tensor_parallel_size": 2}, "num_gpus and tensor_parallel_size ask for GPUs"),
+    ],
+)
+async def test_a_field_of_gpus_is_refused_where_there_is_none(fields: dict[str, Any], told: str) -> None:
+    """The visitor has not written the `device: cpu` of the file, so its words would be no help."""
+    with pytest.raises(InvalidRequest) as caught:
+        await plan({**MODEL, **fields})
+    assert told in caught.value.message
+    assert "device" not in caught.value.message
+
+
+async def test_a_model_is_added_to_the_file_that_is_served() -> None:
+    """The file keeps its comments and all that it has, and says what the plan chose for the new model."""
+    plans = WhatIf(
+        lambda: (Inventory((MEMORY,)), Running([holding("tiny", 0.1)])), served=lambda: ("models.yaml", FILE)
+    )
+    told = json.loads(await plans.answer(json.dumps(MODEL).encode()))
+    old, new = yaml.safe_load(told["yaml"])["applications"]
+    assert old == yaml.safe_load(FILE)["applications"][0]
+    assert (new["name"], new["route_prefix"], "kv_cache_memory_bytes" in new["args"]) == ("demo", "/models/demo", True)
+    assert "# my models" in told["yaml"]
+    assert told["notes"][0] == "What you download is models.yaml, which runs now, with 'demo' added."
+    assert (await plan({"yaml": told["yaml"]}))["fits"]
 
 
 async def test_what_runs_leaves_less() -> None:
@@ -87,9 +121,9 @@ async def test_the_least_fix_is_told() -> None:
     told = await plan({**MODEL, "max_model_len": 4096})
     assert not told["fits"]
     assert [(fix["model"], fix["text"]) for fix in told["fixes"]] == [("demo", "max_model_len: 2048")]
-    assert told["notes"] == ["The file to download has the fixes in it, so everything in it fits."]
-    assert yaml.safe_load(told["yaml"])["applications"][1]["args"]["max_model_len"] == 2048
-    assert (await plan({"yaml": told["yaml"]}))["fits"]
+    assert told["notes"][0] == "The file to download has the fixes in it, so everything in it fits."
+    assert yaml.safe_load(told["yaml"])[0]["args"]["max_model_len"] == 2048
+    assert (await plan({"yaml": "applications:\n" + told["yaml"]}))["fits"]
 
 
 @pytest.mark.parametrize(
@@ -102,12 +136,13 @@ async def test_the_least_fix_is_told() -> None:
         (b"[]", "The body must be a JSON object"),
         (b"{}", "Send the field 'yaml' with a config file, or 'model' with an id or a folder."),
         (b'{"yaml": 1}', "The field 'yaml' must be a text."),
-        (b'{"yaml": " "}', "The field 'yaml' must have 1 to 262144 characters that are no spaces."),
+        (b'{"yaml": " "}', "The field 'yaml' is empty. Send a file."),
+        (b'{"model": " "}', "The field 'model' is empty. Name a model: its id on the hub, or a folder of the server."),
         (b'{"yaml": "a", "model": "b"}', "The field 'model' has no place beside 'yaml'. Write it there."),
         (b'{"model": ["a"]}', "The field 'model' must be a text."),
         (b'{"model": "a", "max_modellen": 1}', "unknown field 'max_modellen'. Did you mean 'max_model_len'?"),
         (b'{"model": "a", "trust_remote_code": true}', "unknown field 'trust_remote_code'. Known fields: yaml, or"),
-        (json.dumps({"model": "a" * 2000}).encode(), "The field 'model' must have 1 to 1024 characters"),
+        (json.dumps({"model": "a" * 2000}).encode(), "The field 'model' has 2000 characters, but takes at most 1024."),
     ],
 )
 def test_a_wrong_body_is_refused_before_a_process_starts(body: bytes, told: str) -> None:

@@ -88,7 +88,7 @@ def test_a_pool_counts_with_its_budget() -> None:
     assert left(with_free(MEMORY, 50), running) == 46
     assert left(with_free(MEMORY, 50), running, ("c",), ("p",)) == 56
     _, notes = beside_running(Inventory((MEMORY,)), running, ("c",), ("p",))
-    assert notes == ["What a, b holds now counts as free, because the plan has it anew."]
+    assert notes == ["What a, b hold now counts as free, because the plan has it anew."]
 
 
 def test_a_pool_claims_bytes_in_the_books_for_its_keeper() -> None:

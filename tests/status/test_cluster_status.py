@@ -154,6 +154,13 @@ def test_replicas_that_serve_after_a_failed_update_are_shown() -> None:
     assert "its update failed: unknown field 'x'." in report(found)
 
 
+def test_a_model_that_is_being_built_has_no_error() -> None:
+    """Serve has neither details nor a message of it yet."""
+    built = {"m": application("DEPLOYING", 0, "", deployment=None)}
+    found = cluster_status(built, [ray_node("a", CPU=8)], {}, [], NOW)
+    assert found.models[0].error == ""
+
+
 def test_a_sum_with_an_unknown_part_is_unknown() -> None:
     """As in containers, where NVML does not tell."""
     unknown = replace(told("r0", 0), devices=(replace(told("r0", 0).devices[0], held=None, peak=None),))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from serve_app.status.served_file import MOST_WISHES, RECORD, Outcome, ServedFile, ServedFiles
+from serve_app.status.served_file import MOST_TEXT_BYTES, MOST_WISHES, RECORD, Outcome, ServedFile, ServedFiles
 
 SERVED = ServedFile("token", "/srv/models.yaml", "10.0.0.1", 42)
 
@@ -45,6 +45,22 @@ def test_a_wish_is_heard_once_and_its_outcome_is_read_once() -> None:
     files.tell("token", wish, Outcome("wrong", ("a", "b")))
     assert files.outcome("token", wish) == Outcome("wrong", ("a", "b"))
     assert files.outcome("token", wish) is None
+
+
+def test_the_text_of_the_file_is_known_while_it_is_served() -> None:
+    """With its name, and not if it is too large."""
+    files = ServedFiles(Notes())
+    files.keep_text("token", "a: 1")
+    assert files.text() is None
+    files.announce(SERVED)
+    assert files.text() is None
+    files.keep_text("token", "a: 1")
+    assert files.text() == ("models.yaml", "a: 1")
+    files.keep_text("token", "a" * (MOST_TEXT_BYTES + 1))
+    assert files.text() is None
+    files.keep_text("token", "a: 1")
+    files.forget("token")
+    assert files.text() is None
 
 
 def test_nothing_is_left_of_a_run_that_has_ended() -> None:

@@ -14,7 +14,7 @@ import pickle
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from serve_app.cli.init import Choice, config_text, default_name
 from serve_app.cli.plan.plan import left_for
 from serve_app.cli.plan.requests import requests_of_file
 from serve_app.cli.plan.text import page
+from serve_app.cli.plan.to_deploy import to_deploy
 from serve_app.cli.plan.write import fixed_text, pinned_text
 from serve_app.console.what_if import PlanJob
 from serve_app.errors import ConfigError
 from serve_app.facts.yaml_bounds import require_bounded
+from serve_app.planning.no_device import ONLY_GPU
 from serve_app.planning.plan import Fix, Plan
 from serve_app.residency.pools import plan_file
 
@@ -72,6 +74,9 @@ def answer(job: PlanJob) -> dict[str, Any]:
         made, more = _planned(job, text)
         fixes = _fixes(made)
         file, change = _file(job, made, text, fixes)
+        if file is not None and job.yaml is None:
+            file, place = to_deploy(file, job.served, {model.name for model in job.running.models})
+            change = [*change, place]
     told = re.findall(r"^note: (.*)$", notes.getvalue(), re.MULTILINE)
     return {
         "fits": made.fits,
@@ -118,7 +123,21 @@ def _file_of(args: dict[str, Any], has_gpus: bool) -> str:
     """Returns the file that `serve-app init` would write for a model. Raises ConfigError."""
     model, backend = str(args.pop("model")), str(args.pop("infer_backend", "auto"))
     name = default_name(model)
-    return config_text(Choice(model, name, backend, None if has_gpus else "cpu", more=args))
+    if not has_gpus and (fields := _of_gpus(args)):
+        verb = "asks" if len(fields) == 1 else "ask"
+        raise ConfigError(
+            f"{' and '.join(fields)} {verb} for GPUs, but this cluster has none, so the model is planned on the CPU. "
+            f"Leave {'it' if len(fields) == 1 else 'them'} out."
+            + (" max_memory may have the key cpu." if "max_memory" in fields else "")
+        )
+    return config_text(Choice(model, name, backend, None if has_gpus else "cpu", more=args), otherwise="")
+
+
+def _of_gpus(args: Mapping[str, Any]) -> list[str]:
+    """Returns the fields of a model that ask for GPUs."""
+    limits = args.get("max_memory")
+    has_limits = isinstance(limits, Mapping) and any(key != "cpu" for key in limits)
+    return [name for name in ONLY_GPU if name in args and (name != "max_memory" or has_limits)]
 
 
 def _fixes(made: Plan) -> list[Fix]:

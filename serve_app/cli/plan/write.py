@@ -33,7 +33,7 @@ def write_plan(made: Plan, source: Path, target: Path) -> None:
 
 def pinned_text(made: Plan, text: str) -> str:
     """Returns the config file with the chosen fields in each model's `args`."""
-    yaml = _yaml()
+    yaml = round_trip()
     document = yaml.load(text)
     # Replicas share one config, so the replica with the least room decides for all of them.
     roomiest_first = sorted(made.models, key=lambda model: -model.ranks[0].kv_cache.bytes)
@@ -50,13 +50,13 @@ def pinned_text(made: Plan, text: str) -> str:
                 arguments[field] = value
             if arguments.get("quantization") == AUTO_QUANTIZATION:
                 arguments["quantization"] = methods[application["name"]]  # None keeps the weights whole.
-    return _dumped(yaml, document)
+    return dumped(yaml, document)
 
 
 def fixed_text(fixes: Sequence[Fix], text: str) -> str | None:
     """Returns the config file with these fixes in the `args` of their models, or None if one of them is no line of
     `args`, such as another card."""
-    yaml = _yaml()
+    yaml = round_trip()
     document = yaml.load(text)
     by_name = {application.get("name"): application for application in document["applications"]}
     if not all(fix.model in by_name and not NOT_ARGS & {change.field for change in fix.changes} for fix in fixes):
@@ -75,17 +75,19 @@ def fixed_text(fixes: Sequence[Fix], text: str) -> str | None:
                 place.pop(field, None)
             else:
                 place[field] = change.value
-    return _dumped(yaml, document)
+    return dumped(yaml, document)
 
 
-def _yaml() -> YAML:
+def round_trip() -> YAML:
+    """Returns what reads and writes a config file with its comments."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 1000
     return yaml
 
 
-def _dumped(yaml: YAML, document: Any) -> str:
+def dumped(yaml: YAML, document: Any) -> str:
+    """Returns the text of a document."""
     out = StringIO()
     yaml.dump(document, out)
     return out.getvalue()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from serve_app.cli.changes import changes, for_all, not_applied
+from serve_app.cli.changes import AT_START_ONLY, changes, for_all, not_applied
 from serve_app.cli.check import require_serves_schema
 from serve_app.cli.start.config_file import read_config
 from serve_app.cli.start.served_applications import living, same_application
@@ -17,7 +17,15 @@ def read_again(start: "Start") -> "Start":
     """Returns what the file says now. Raises ConfigError with all its mistakes."""
     applications, document = read_config(start.file, start.http_options)
     require_serves_schema(start.file)
-    return replace(start, applications=applications, document=document)
+    return replace(start, applications=applications, document=document, text=start.file.read_text())
+
+
+def with_started_options(start: "Start", own: "Start") -> "Start":
+    """Returns what was deployed, with the options that Serve reads at its start alone as those of the run's `own` file,
+    because they go on as they were."""
+    others = {name: value for name, value in start.document.items() if name not in AT_START_ONLY}
+    kept = {name: own.document[name] for name in AT_START_ONLY if name in own.document}
+    return replace(start, document={**others, **kept})
 
 
 def as_served(start: "Start", applications: Mapping[str, Any]) -> "Start":

@@ -77,6 +77,7 @@ def run(
         options.replace,
         command,
         http_options or {},
+        file.read_text(),
     )
     with _terminal(options) as (view, log):
         view.line(f"Serving {file} with serve-app {__version__}")

@@ -50,7 +50,7 @@ class Start:
     """What is to be started, that is the config, its applications, and the address of the cluster to join.
 
     `app_dir` is the folder of other import paths, and `replace` is as in `RunOptions`. `command` is what the user has
-    called, and `http_options` are those that it has put in the place of the file's.
+    called, and `http_options` are those that it has put in the place of the file's. `text` is that of the file.
     """
 
     file: Path
@@ -61,6 +61,7 @@ class Start:
     replace: bool = False
     command: str = "serve-app run"
     http_options: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -212,6 +213,7 @@ class Runner:
         file, node = str(self.start.file.resolve()), str(ray.util.get_node_ip_address())
         try:
             self._served.announce(ServedFile(self._token, file, node, os.getpid(), self.start.command))
+            self._served.keep_text(self._token, self.start.text)
         except UNREACHABLE as error:
             self.view.event(
                 f"the console cannot have {self.start.file} read again, because Ray keeps no notes: {error}"
@@ -306,13 +308,15 @@ class Runner:
 
     def _read_again(self, watch: "StartWatch", why: str) -> Outcome:
         """Deploys the file as it is now. If it is wrong or would end what others have deployed, nothing changes."""
-        from serve_app.cli.start.reload import as_served, effects, ended_by, read_again
+        from serve_app.cli.start.model_folders import require_folders
+        from serve_app.cli.start.reload import as_served, effects, ended_by, read_again, with_started_options
         from serve_app.cli.start.watch import UNREACHABLE
         from serve_app.ray_serve import deploy, serve_details
 
         file = self.start.file
         try:
             start = read_again(self.start)
+            require_folders(start.applications)
             applications = serve_details(STATUS_TIMEOUT_S)["applications"]
             if lost := ended_by(start, self.start, applications):
                 return self._refused(why, _would_end(file, lost))
@@ -331,7 +335,9 @@ class Runner:
             reason = f"Serve did not deploy it: {' '.join(str(error).split())[:MOST_REASON]}"
             self.view.event(f"{file} was read again{why}. {reason}")
             return Outcome(problem=reason)
-        self.start = start
+        self.start = with_started_options(start, self.start)
+        with contextlib.suppress(*UNREACHABLE):  # Ray's head may be restarting.
+            self._served.keep_text(self._token, start.text)
         watch.expect(start.names, start.others, start.routers)
         self.view.event(f"{file} was read again{why}: {'; '.join(lines) or 'it is as it was'}")
         return Outcome(lines=tuple(lines))

@@ -3,19 +3,24 @@
 import io
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.exceptions import GetTimeoutError
 
 from serve_app import ray_serve
 from serve_app.cli.start import watch as start_watch
 from serve_app.cli.start.config_file import read_config
+from serve_app.cli.start.model_folders import require_folders
 from serve_app.cli.start.runner import Runner, Start, _Stop
 from serve_app.cli.start.view import StartView
-from serve_app.errors import PlacementError
+from serve_app.errors import ConfigError, PlacementError
+from serve_app.facts.serve_file import ApplicationSpec
 from serve_app.status.served_file import RECORD, Outcome, ServedFiles
 from tests.cli.start.test_runner import World, served_application
 
@@ -123,6 +128,66 @@ def test_a_broken_file_changes_nothing(
     assert problem in outcome.problem
     assert "but it is wrong, so nothing was changed" in output
     assert (watch.expected, world.calls.count("deploy")) == ([], 1)
+
+
+def test_a_model_without_a_folder_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside models that are right, and every such folder is told. Serve would end what runs and fail then."""
+    more = CHANGED + CHANGED[CHANGED.index("- name: a") :].replace("name: a", "name: b").replace("/a", "/b")
+    one, other = more.split("- name: b")
+    one = one.replace("max_model_len: 512", "speculative: {model: /no/draft}")
+    more = f"{one}- name: b{other.replace('serve-app/demo', '/no/b')}"
+    outcome, output, watch = run(world, tmp_path, monkeypatch, more)
+    assert "a: speculative.model: there is no folder /no/draft." in outcome.problem
+    assert "b: model: there is no folder /no/b." in outcome.problem
+    assert "but it is wrong, so nothing was changed" in output
+    assert (watch.expected, world.calls.count("deploy")) == ([], 1)
+
+
+@pytest.mark.parametrize("has_other", [True, False])
+def test_a_folder_that_another_node_has_is_right(monkeypatch: pytest.MonkeyPatch, has_other: bool) -> None:
+    """Only one that no node has is a mistake. Dead nodes are not asked, and no node for what is here."""
+    asked = list[str]()
+
+    def options(*, scheduling_strategy: Any) -> Any:
+        asked.append(scheduling_strategy.node_id)
+        return SimpleNamespace(remote=lambda named: {} if has_other else dict.fromkeys(named, "away"))
+
+    nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("ab" * 28, "cd" * 28, "dead")]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "ab" * 28))
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: SimpleNamespace(options=options))
+    monkeypatch.setattr(ray, "get", lambda tasks, timeout: tasks)
+    found = ApplicationSpec(
+        name="a", import_path="serve_app.app:model", args={"model": "serve-app/demo", "infer_backend": "pt"}
+    )
+    require_folders([found])
+    assert asked == []
+    lost = ApplicationSpec(name="b", import_path="serve_app.app:model", args={"model": "/no/b", "infer_backend": "pt"})
+    with nullcontext() if has_other else pytest.raises(ConfigError, match="^b: model: there is no folder /no/b"):
+        require_folders([found, lost])
+    assert asked == ["cd" * 28]
+
+
+def test_options_of_the_start_are_compared_with_what_runs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that names another port and then the first one again does not differ any more."""
+    file, told = tmp_path / "models.yaml", list[Outcome]()
+    monkeypatch.setattr(start_watch, "StartWatch", lambda *_: watch)
+    file.write_text(FILE + "http_options: {port: 8711}")
+    applications, document = read_config(file, {})
+    runner = Runner(Start(file, document, applications, None, tmp_path), StartView(io.StringIO()))
+
+    def read(port: int) -> None:
+        file.write_text(FILE + f"http_options: {{port: {port}}}")
+        told.append(runner._read_again(watch, ""))  # type: ignore[arg-type]
+
+    watch = Watch(lambda: read(8712), lambda: read(8712), lambda: read(8711))
+    assert runner.run() == 0
+    differs = ("http_options differs, which counts from the next start on",)
+    assert [outcome.lines for outcome in told] == [differs, differs, ()]
 
 
 def test_a_file_without_a_place_changes_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,8 @@ class World:
         )
         monkeypatch.setattr(ray_serve, "delete_stored", lambda key: self.notes.pop(key, None))
         monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.9")
+        monkeypatch.setattr(ray, "nodes", lambda: [])
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n"))
         monkeypatch.setattr(node_env, "node_environments", lambda: self.nodes)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setattr(sys, "path", list(sys.path))
