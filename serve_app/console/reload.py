@@ -63,11 +63,12 @@ class Reload:
         return Reloaded(Path(served.file).name, served.node, outcome.lines)
 
     async def _outcome(self, served: ServedFile, by: str) -> Outcome:
-        wish = await asyncio.to_thread(self._files.ask, served.token, by)
-        if wish is None:
-            raise Overloaded("Too many wait for the config file to be read.", retry_after_s=RETRY_S)
-        begun = time.monotonic()
+        asking = asyncio.ensure_future(asyncio.to_thread(self._files.ask, served.token, by))
         try:
+            wish = await asyncio.shield(asking)
+            if wish is None:
+                raise Overloaded("Too many wait for the config file to be read.", retry_after_s=RETRY_S)
+            begun = time.monotonic()
             while time.monotonic() - begun < self._outcome_s:
                 await asyncio.sleep(LOOK_S)
                 outcome = await asyncio.to_thread(self._files.outcome, served.token, wish)
@@ -80,8 +81,17 @@ class Reload:
                         f"does not answer. It may have been killed. {INSTEAD}, or run it again."
                     )
         finally:
-            await asyncio.shield(asyncio.to_thread(self._files.withdraw, served.token, wish))
+            await asyncio.shield(self._withdraw(served.token, asking))
         raise DeadlineExceeded(
             f"`{served.command}` on {served.node} has not read {served.file} within {self._outcome_s:g} s. Its "
             "terminal says what it does."
         )
+
+    async def _withdraw(self, token: str, asking: "asyncio.Future[str | None]") -> None:
+        """Takes back a wish, which a thread may still be writing if who asked has left."""
+        try:
+            wish = await asking
+        except Exception:
+            return  # It was not written, and who asked is told.
+        if wish is not None:
+            await asyncio.to_thread(self._files.withdraw, token, wish)

@@ -66,6 +66,15 @@ def test_the_map_has_the_figures_of_serve_app_status(run: ServeRun, watched: Wat
     assert sorted(seen) == ENGINES
 
 
+def test_a_head_request_for_the_stream_holds_up_no_client(run: ServeRun) -> None:
+    """HAProxy takes its connection for a free one, and gives it to the next client."""
+    for _ in range(5):
+        head = httpx.head(f"{run.url}/ui/api/stream", timeout=10)
+        assert (head.status_code, head.content) == (200, b"")
+        assert httpx.get(f"{run.url}/ui/api/state", timeout=10).status_code == 200
+        assert httpx.get(f"{run.url}/v1/models", timeout=10).status_code == 200
+
+
 def test_the_models_are_shown_with_why_one_has_failed(watched: Watched) -> None:
     """The state and the reason that `/ready` tells too."""
     watched.show("models")
