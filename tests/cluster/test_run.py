@@ -149,7 +149,8 @@ def test_the_console_plans_beside_what_runs(served: ServeAppRun) -> None:
     """For the devices of this cluster, whose models count with their plans. An update of a model replaces it."""
     before = plan(served, {"model": "serve-app/demo", "max_model_len": 512})
     assert (before["fits"], before["plan"]["models"][0]["name"]) == (True, "demo")
-    assert "serve_app.app:router" in before["yaml"]
+    names = [item["name"] for item in yaml.safe_load(before["yaml"])["applications"]]
+    assert names == ["router", "scaling", "broken", "demo"]  # It is the file that is served, with the model added.
     update = plan(served, {"yaml": yaml.safe_dump({"applications": [model("scaling", infer_backend="pt")]})})
     assert update["notes"] == ["What scaling holds now counts as free, because the plan has it anew."]
     address = re.search(r"--address (\S+) for other commands", served.output())
