@@ -242,6 +242,7 @@ class ServedConsole:
                 {each: last_values(rings, each, now) for each in [*late, *slots]},
                 self.ledger.events.since(self._event_id),
                 self.ledger.rows_since(self._mark),
+                self.ledger.row_ids(),
             )
             event_id, mark = self.ledger.events.last_id, self.ledger.mark
             before = {page.view: self._told.get(page.view) for page in self._feed}

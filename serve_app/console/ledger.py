@@ -165,6 +165,10 @@ class Ledger:
         others = [row for revision, row in self._other_rows.values() if revision > mark[1]]
         return sorted([*own, *others], key=lambda row: row.id)[-MOST_REQUESTS:]
 
+    def row_ids(self) -> frozenset[int]:
+        """Returns the ids of all requests that are kept."""
+        return frozenset(self.requests.ids()).union(self._other_rows)
+
     def record(self, since_slot: int) -> Record:
         """Returns what other routers are told, with the traffic from an interval on, or from an earlier one that has
         changed since."""

@@ -2,12 +2,12 @@
 of a `Moment` changes later, so this runs beside the event loop.
 
 Nodes and models are told one by one. A page has of each what it was told last, and a delta has those that are new or
-have changed since, and the ids and names of those that are gone.
+have changed since, and the ids and names of those that are gone. Of requests it has some (`row_news.py`).
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from serve_app import __version__
 from serve_app.console.actions import may_all, possible
 from serve_app.console.events import Event
 from serve_app.console.requests import Row
+from serve_app.console.row_news import RowNews, row_news, running_in
 from serve_app.console.snapshot import Placed, Snapshot, event_json, models_json, nodes_json, placed_nodes
 from serve_app.console.traffic import INTERVAL_S, Rings, Series, slot_of, whole_series
 from serve_app.console.view import Seen, View
@@ -55,19 +56,23 @@ class Moment:
 
 @dataclass(frozen=True)
 class Told:
-    """This is what the pages of one view have: each node by its id and each model by its name, as JSON."""
+    """This is what the pages of one view have: each node by its id and each model by its name, as JSON, and the ids of
+    requests that they show as running."""
 
     nodes: Mapping[str, bytes] = field(default_factory=dict)
     models: Mapping[str, bytes] = field(default_factory=dict)
+    running: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class News:
-    """This is what is new since the last delta: the values of the intervals since then, and events and requests."""
+    """This is what is new since the last delta: the values of the intervals since then, events, and requests. `kept`
+    are the ids of all requests that the router still has."""
 
     values: Mapping[int, Mapping[str, Series]]
-    events: Sequence[Event]
-    rows: Sequence[Row]
+    events: Sequence[Event] = ()
+    rows: Sequence[Row] = ()
+    kept: Set[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,11 @@ def deltas_for(moment: Moment, news: News, before: Mapping[View, Told | None]) -
     began = time.thread_time()
     deltas, told = {}, {}
     for view, had in before.items():
-        seen = view.seen(moment.models)
-        told[view] = told_of(moment, seen)
+        seen, has = view.seen(moment.models), had or Told()
+        rows = row_news(seen.rows(news.rows), news.kept, has.running)
+        told[view] = replace(told_of(moment, seen), running=rows.running)
         deltas[view] = b"".join(
-            event_bytes("delta", _ENCODER.encode(each))
-            for each in _deltas(moment, news, seen, had or Told(), told[view])
+            event_bytes("delta", _ENCODER.encode(each)) for each in _deltas(moment, news, seen, has, told[view], rows)
         )
     return Made(deltas, told, time.thread_time() - began)
 
@@ -106,7 +111,9 @@ def state_of(moment: Moment, view: View, told: Told | None = None, last_event: i
     """Returns the whole state as JSON, and the nodes and models in it: those of the moment, or `told` if the view's
     pages have that. Events after `last_event` are left out, because a delta will tell them."""
     seen, key = view.seen(moment.models), view.key
+    rows = seen.rows(moment.rows)
     shown = told_of(moment, seen) if told is None else told
+    shown = replace(shown, running=shown.running | running_in(rows))
     series = whole_series(moment.rings, moment.time, moment.first_slot)
     events = [event for event in moment.events if last_event is None or event.id <= last_event]
     state = {
@@ -129,7 +136,7 @@ def state_of(moment: Moment, view: View, told: Told | None = None, last_event: i
             "models": {name: values for name, values in series.items() if seen.name(name)},
         },
         "events": [event_json(event) for event in seen.events(events)],
-        "requests": seen.rows(moment.rows),
+        "requests": rows,
     }
     return _ENCODER.encode(state), shown
 
@@ -139,7 +146,7 @@ def event_bytes(name: str, content: bytes) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + content + b"\n\n"
 
 
-def _deltas(moment: Moment, news: News, seen: Seen, had: Told, has: Told) -> list[dict[str, Any]]:
+def _deltas(moment: Moment, news: News, seen: Seen, had: Told, has: Told, rows: RowNews) -> list[dict[str, Any]]:
     """Returns what is new for one view: the last values of intervals that have ended, and then the rest."""
     *ended, current = [
         {
@@ -155,8 +162,11 @@ def _deltas(moment: Moment, news: News, seen: Seen, had: Told, has: Told) -> lis
             current[f"gone_{name}"] = gone
     if shown := seen.events(news.events):
         current["events"] = [event_json(event) for event in shown]
-    if rows := seen.rows(news.rows):
-        current["requests"] = rows
+    for name, found in (
+        ("requests", rows.rows), ("gone_requests", rows.gone), ("requests_left_out", rows.left_out),
+    ):  # fmt: skip
+        if found:
+            current[name] = found
     return [*ended, current]
 
 

@@ -82,6 +82,8 @@ _DELTA: Schema = {
         "gone_models": _list(_TEXT),
         "events": _list(reference("ConsoleEvent")),
         "requests": _list(reference("ConsoleRequest")),
+        "gone_requests": _list(_COUNT),
+        "requests_left_out": _COUNT,
     },
 }
 _MODEL_ARGS: Mapping[str, Any] = {

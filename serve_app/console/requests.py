@@ -140,6 +140,10 @@ class RequestLog:
         """Returns all requests that run, also those that are too old to be shown."""
         return self._running.values()
 
+    def ids(self) -> Collection[int]:
+        """Returns the ids of all requests that are kept."""
+        return self._rows.keys()
+
     def rows(self, since: int = 0) -> list[Row]:
         """Returns the requests that are new or have changed since a `revision`, the oldest first."""
         for number, kept in self._rows.items():

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from serve_app.console.actions import require_all_models
@@ -14,9 +15,10 @@ from serve_app.console.guard import Visitor
 from serve_app.console.moment import Moment, News, Told, deltas_for, state_of
 from serve_app.console.view import View
 from serve_app.errors import AdminOnly
+from tests.console.test_shared import ROW
 from tests.console.test_snapshot import EVERYBODY, GIB, OTHER_NODE, RAY_NODE, key, snapshot, told
 
-NOTHING = News({100: {}}, (), ())
+NOTHING = News({100: {}})
 
 
 def moment(*reports: Any, **more: Any) -> Moment:
@@ -79,8 +81,20 @@ def test_a_state_has_what_the_other_pages_have() -> None:
     """So that the next delta is right for all of them."""
     had = state_of(moment(told("a", GIB)), EVERYBODY)[1]
     content, shown = state_of(moment(told("a", 2 * GIB)), EVERYBODY, had)
-    assert shown is had
+    assert (shown.nodes, shown.models) == (had.nodes, had.models)
     assert json.loads(content)["nodes"][0]["devices"][1]["blocks"][0]["held"] == GIB
+
+
+def test_requests_of_a_state_are_told_of_when_they_end() -> None:
+    """A page that was sent one as running is told that it is over, or that it was forgotten."""
+    running = [msgspec.structs.replace(ROW, id=number, outcome="running") for number in (1, 2)]
+    now = moment(told("a", GIB))
+    _, had = state_of(replace(now, rows=running), EVERYBODY)
+    assert had.running == {1, 2}
+    made = deltas_for(now, replace(NOTHING, rows=[msgspec.structs.replace(ROW, id=1)], kept={1}), {EVERYBODY: had})
+    delta = json.loads(made.deltas[EVERYBODY].decode().split("data: ")[1])
+    assert ([each["id"] for each in delta["requests"]], delta["gone_requests"]) == ([1], [2])
+    assert made.told[EVERYBODY].running == frozenset()
 
 
 def test_a_large_cluster_costs_as_much_as_it_is_large() -> None:

@@ -33,7 +33,7 @@ export class Requests extends Component {
         </label>
         <span class="dim">${shown.length} of ${plural(state.requests.length, "request")}</span>
       </div>
-      <p class="note">${state.access.keeps_prompts ? "Prompts are kept, because console_keeps_prompts is on." : "Prompts are not kept."}</p>
+      <p class="note">${state.access.keeps_prompts ? "Prompts are kept, because console_keeps_prompts is on." : "Prompts are not kept."}${state.requests_left_out ? ` ${plural(state.requests_left_out, "request")} came faster than this page is told, and ${state.requests_left_out === 1 ? "is" : "are"} not shown.` : ""}</p>
       ${shown.length === 0
         ? html`<${Empty}>${state.requests.length ? "No request is like this." : "No request has come since the router started."}<//>`
         : html`<div class="panel scroll" tabindex="0" role="region" aria-label="Requests">

@@ -14,7 +14,8 @@ export function withDelta(state, delta) {
     models: withChanged(state.models, delta.models, delta.gone_models, "name"),
     traffic: delta.traffic ? withTraffic(state.traffic, delta.traffic) : state.traffic,
     events: merged(state.events, delta.events),
-    requests: merged(state.requests, delta.requests),
+    requests: merged(withoutGone(state.requests, delta.gone_requests), delta.requests),
+    requests_left_out: (state.requests_left_out || 0) + (delta.requests_left_out || 0),
   };
 }
 
@@ -80,6 +81,12 @@ function withSlot(series, values, steps, back) {
     made[name] = kept.slice(-SLOTS);
   }
   return made;
+}
+
+function withoutGone(old, gone) {
+  if (!gone?.length) return old;
+  const isGone = new Set(gone);
+  return old.filter((entry) => !isGone.has(entry.id));
 }
 
 // Returns the entries by id, with new and changed ones, the last KEPT of them.
