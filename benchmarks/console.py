@@ -6,7 +6,9 @@ One Serve with the shipped settings, the router and one mock. In every round, ea
 two loads: paced streams (64 streams of a chunk each 20 ms, so the router has the same to do each time), of which the
 router's CPU is measured in per cent of a core, and echo requests of 8 clients as fast as they are answered, of which
 requests per second and the router's CPU for each are measured. Ratios are to the turns without pages of the same round,
-because a machine's speed changes, and the medians of many short rounds tell more than a few long ones. `--minutes` then
+because a machine's speed changes, and the medians of many short rounds tell more than a few long ones. The model does
+the same for each request whatever pages are open, so on a machine whose speed changes within seconds, the router's CPU
+as a multiple of the model's (`paced_to_model`, `echo_to_model`) tells most. `--minutes` then
 keeps the most pages open under echo requests for that long, and prints the router's resident memory each 30 seconds.
 Prints one line of JSON for each.
 """
@@ -56,8 +58,25 @@ async def open_pages(session: aiohttp.ClientSession, url: str, count: int) -> As
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def paced_cpu(session: aiohttp.ClientSession, url: str, seconds: float) -> float:
-    """Per cent of a core that the router takes while streams run at their own pace."""
+class Cpu:
+    """The CPU that the router and the model have taken since it was made, or since `begin`."""
+
+    def __init__(self) -> None:
+        self.router, self.model = replica("router"), replica("mock")
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from now on."""
+        self._at, self._router, self._model = time.perf_counter(), cpu_s(self.router), cpu_s(self.model)
+
+    def taken(self) -> tuple[float, float, float]:
+        """The seconds that have passed, and the CPU seconds of the router and of the model."""
+        passed = time.perf_counter() - self._at
+        return passed, cpu_s(self.router) - self._router, cpu_s(self.model) - self._model
+
+
+async def paced_cpu(session: aiohttp.ClientSession, url: str, seconds: float) -> dict[str, float]:
+    """What the router takes while streams run at their own pace."""
     body = {
         "model": "mock", "messages": [], "stream": True, "chunks": int(1000 * (seconds + 2) / EVERY_MS),
         "every_ms": EVERY_MS,
@@ -72,19 +91,18 @@ async def paced_cpu(session: aiohttp.ClientSession, url: str, seconds: float) ->
 
     tasks = [asyncio.create_task(client(number)) for number in range(STREAMS)]
     await asyncio.sleep(1.0)  # They have all begun.
-    process = router()
-    start, cpu = time.perf_counter(), cpu_s(process)
+    cpu = Cpu()
     await asyncio.sleep(seconds)
-    share = 100 * (cpu_s(process) - cpu) / (time.perf_counter() - start)
+    passed, router, model = cpu.taken()
     await asyncio.gather(*tasks)
-    return share
+    return {"paced_cpu_percent": 100 * router / passed, "paced_to_model": router / model}
 
 
-async def echo_rate(session: aiohttp.ClientSession, url: str, seconds: float) -> tuple[float, float]:
-    """Requests per second by name, and the router's CPU milliseconds for each."""
+async def echo_rate(session: aiohttp.ClientSession, url: str, seconds: float) -> dict[str, float]:
+    """Requests per second by name, and what the router takes for them."""
     body = {"model": "mock", "messages": [{"role": "user", "content": "hello"}]}
-    process, count = router(), 0
-    start, cpu = time.perf_counter(), cpu_s(process)
+    cpu, count = Cpu(), 0
+    start = time.perf_counter()
 
     async def client() -> None:
         nonlocal count
@@ -95,16 +113,17 @@ async def echo_rate(session: aiohttp.ClientSession, url: str, seconds: float) ->
             count += 1
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return count / (time.perf_counter() - start), 1000 * (cpu_s(process) - cpu) / count
+    passed, router, model = cpu.taken()
+    return {"echo_per_s": count / passed, "echo_cpu_ms": 1000 * router / count, "echo_to_model": router / model}
 
 
-def router() -> psutil.Process:
-    """The router's process of this benchmark. Other clusters may run on this machine."""
+def replica(application: str) -> psutil.Process:
+    """The process of a replica of this benchmark. Other clusters may run on this machine."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "ServeReplica:router" in " ".join(child.cmdline()):
+            if f"ServeReplica:{application}:" in " ".join(child.cmdline()):
                 return child
-    raise RuntimeError("no router runs below this process")
+    raise RuntimeError(f"no replica of {application} runs below this process")
 
 
 def cpu_s(process: psutil.Process) -> float:
@@ -115,7 +134,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 def resident_mib() -> float:
     """The resident memory of the router."""
-    return float(router().memory_info().rss / 2**20)
+    return float(replica("router").memory_info().rss / 2**20)
 
 
 async def compare(session: aiohttp.ClientSession, url: str, options: argparse.Namespace) -> None:
@@ -126,9 +145,8 @@ async def compare(session: aiohttp.ClientSession, url: str, options: argparse.Na
         found: dict[int, dict[str, float]] = {}
         for count in counts[number % len(counts) :] + counts[: number % len(counts)]:
             async with open_pages(session, url, count) as read:
-                cpu = await paced_cpu(session, url, options.seconds)
-                rate, each = await echo_rate(session, url, options.seconds)
-                found[count] = {"paced_cpu_percent": cpu, "echo_per_s": rate, "echo_cpu_ms": each}
+                paced = await paced_cpu(session, url, options.seconds)
+                found[count] = paced | await echo_rate(session, url, options.seconds)
                 row = {"round": number, "pages": count} | {
                     name: round(value, 3) for name, value in found[count].items()
                 }
@@ -146,7 +164,7 @@ async def watch_memory(session: aiohttp.ClientSession, url: str, pages: int, min
     ends = time.monotonic() + 60 * minutes
     async with open_pages(session, url, pages):
         while time.monotonic() < ends:
-            rate, _ = await echo_rate(session, url, MEMORY_EVERY_S)
+            rate = (await echo_rate(session, url, MEMORY_EVERY_S))["echo_per_s"]
             left = round(max(0.0, ends - time.monotonic()))
             row: dict[str, Any] = {"pages": pages, "seconds_left": left, "echo_per_s": round(rate, 1)}
             print(json.dumps(row | {"router_mib": round(resident_mib(), 1)}), flush=True)

@@ -125,7 +125,7 @@ class ClusterWatch:
                     await asyncio.to_thread(self._shared.forget)
 
     def _complain(self, what: str, error: Exception) -> None:
-        """Logs each text once, because it would come again each second."""
+        """Logs each text once, because it would come again at each tick."""
         text = f"The console cannot {what}: {error}"
         if text != self._complaint:
             logger.warning("%s", text)

@@ -37,8 +37,9 @@ from serve_app.wire.openai_errors import route_error_response
 
 logger = logging.getLogger("ray.serve")
 
-# Open pages are told what is new at this interval in seconds. Without pages, the requests are looked at this often.
-TICK_S, IDLE_TICK_S = 1.0, float(INTERVAL_S)
+# Open pages are told what is new at this interval in seconds. It is below 2, because `cluster_events` must see a
+# replica that is being stopped, which it is for 2 seconds. Without pages, the requests are looked at less often.
+TICK_S, IDLE_TICK_S = 1.5, float(INTERVAL_S)
 # A tick waits so many seconds for a reading of the cluster.
 READ_WAIT_S = 0.5
 # Telling takes at most this share of a core, for which ticks have up to so many seconds between them.

@@ -125,7 +125,7 @@ def residency_events(before: Mapping[str, Sequence[str]], after: Mapping[str, Se
 
 
 # In these states of a deployment, Serve itself replaces or stops replicas. Such a replica is STOPPING for at least two
-# seconds, which a reading each second sees. One that dies in these states is gone at once.
+# seconds, which a reading at each tick sees. One that dies in these states is gone at once.
 _SERVE_STOPS = frozenset({"UPDATING", "UPSCALING", "DOWNSCALING"})
 _RUNS = "RUNNING"
 

@@ -41,7 +41,7 @@ _DEVICE = _object(
     measured_at=_NUMBER_OR_NONE, blocks=_list(reference("ConsoleBlock")),
 )  # fmt: skip
 _NODE = _object(
-    id=_TEXT, address=_TEXT, is_head=_FLAG, alive=_FLAG, note=_TEXT, cpus=_NUMBER,
+    id=_TEXT, name=_TEXT, address=_TEXT, is_head=_FLAG, alive=_FLAG, note=_TEXT, cpus=_NUMBER,
     devices=_list(reference("ConsoleDevice")),
 )  # fmt: skip
 _REPLICA = _object(replica=_TEXT, node=_TEXT, pid=_INT_OR_NONE, state=_TEXT, load=_NUMBER_OR_NONE)

@@ -1,8 +1,8 @@
 """Chooses the requests that a page is told of. It is pure.
 
-A busy router ends hundreds of requests in a second, more than anybody reads and most of what a page would be sent. So a
-page is told of `MOST_NEW` that it does not show yet, those first in which something went wrong, and of every change of
-one that it shows as running.
+A busy router ends hundreds of requests in a second, more than anybody reads, and they would be most of what a page is
+sent. So a page is told of `MOST_NEW` that it does not show yet, those first in which something went wrong, and of every
+change of one that it shows as running.
 """
 
 from collections.abc import Iterable, Sequence, Set

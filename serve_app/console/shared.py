@@ -1,7 +1,7 @@
 """Shares what several router replicas count, through Ray's key-value store, while somebody watches.
 
 Each router sees its own requests alone, and a page is open at one of them. So every router writes what it has to a
-record of its own each second: the last intervals, the last requests and its own events. Its whole rings are in a
+record of its own at each tick: the last intervals, the last requests and its own events. Its whole rings are in a
 second record, which is written less often because it is larger. A router that does not write for `STALE_S` is not
 counted. With one router nothing is written. Its methods block for some milliseconds, so they run beside the event loop.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 PREFIX = b"serve-app-console-router/"
 RECENT, WHOLE = b"/recent", b"/whole"
-# The entries of traffic in the record that is written each second.
+# The entries of traffic in the record that is written at each tick.
 RECENT_SLOTS = 3
 WHOLE_EVERY_S = 15.0
 STALE_S = 10.0

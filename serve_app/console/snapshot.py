@@ -11,6 +11,7 @@ from typing import Any
 from serve_app.console.events import Event
 from serve_app.console.view import Seen
 from serve_app.facts.device_memory import DeviceMemory
+from serve_app.facts.inventory import names_of
 from serve_app.ray_serve import HEAD_NODE
 from serve_app.replica.report import DeviceReport, ReplicaReport
 from serve_app.router.model_status import ModelStatus
@@ -57,9 +58,11 @@ class _Block:
 
 @dataclass(frozen=True)
 class Placed:
-    """This is a node as `ray.nodes()` has it, with its devices and what is on them."""
+    """This is a node as `ray.nodes()` has it, with its devices and what is on them. `name` is that of plans, and empty
+    for a node that is gone."""
 
     node: Mapping[str, Any]
+    name: str
     devices: Sequence["_Device"]
     blocks: Mapping[str, Sequence[_Block]]
 
@@ -79,24 +82,28 @@ def placed_nodes(snapshot: Snapshot) -> list[Placed]:
                 is_away = device.node and device.node != report.node  # It is a rank on another node.
                 where = device.node if is_away else own
                 blocks.setdefault(where, []).append(_Block(model.name, view, report, device))
-    return [_placed(node, blocks, measured, snapshot.idle) for node in snapshot.nodes]
+    names = names_of(snapshot.nodes)
+    return [
+        _placed(node, names.get(str(node["NodeID"]), ""), blocks, measured, snapshot.idle) for node in snapshot.nodes
+    ]
 
 
 def _placed(
     node: Mapping[str, Any],
+    name: str,
     blocks: Mapping[str, Sequence[_Block]],
     measured: Mapping[str, Sequence[DeviceMemory]],
     idle: Mapping[str, Sequence[DeviceMemory]],
 ) -> Placed:
     if not node["Alive"]:
-        return Placed(node, (), {})
+        return Placed(node, name, (), {})
     names = str(node["NodeID"]), str(node["NodeManagerAddress"])
     here = [block for name in names for block in blocks.get(name, ())]
     seen = [*idle.get(names[0], ()), *(device for name in names for device in measured.get(name, ()))]
     by_device: dict[str, list[_Block]] = {}
     for block in here:
         by_device.setdefault(block.device.device, []).append(block)
-    return Placed(node, _devices(seen, here), by_device)
+    return Placed(node, name, _devices(seen, here), by_device)
 
 
 def nodes_json(placed: Iterable[Placed], seen: Seen) -> list[dict[str, Any]]:
@@ -109,6 +116,7 @@ def _node(placed: Placed, seen: Seen) -> dict[str, Any]:
     is_alive = bool(node["Alive"])
     return {
         "id": str(node["NodeID"]),
+        "name": placed.name,
         "address": str(node["NodeManagerAddress"]),
         "is_head": HEAD_NODE in node["Resources"],
         "alive": is_alive,

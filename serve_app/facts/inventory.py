@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -307,16 +307,24 @@ def unclaimed(inventory: Inventory) -> Inventory:
 
 def node_names() -> dict[str, str]:
     """Returns the names that `ray_inventory` gives to the living nodes, by Ray's id of each."""
-    return {str(node["NodeID"]): name for name, node in _living_nodes().items()}
+    import ray
+
+    return names_of(ray.nodes())
+
+
+def names_of(nodes: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the names that plans give to the living nodes, by Ray's id of each. They are the same for the same nodes.
+    `nodes` are as `ray.nodes()` has them."""
+    alive = sorted(str(node["NodeID"]) for node in nodes if node["Alive"])
+    return {node: f"n{number}" for number, node in enumerate(alive, 1)}
 
 
 def _living_nodes() -> dict[str, Any]:
-    """Returns what Ray says of each node, by the name that a plan gives it, which is always the same for the same
-    nodes."""
+    """Returns what Ray says of each living node, by its name."""
     import ray
 
-    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
-    return {f"n{number}": node for number, node in enumerate(alive, 1)}
+    nodes = {str(node["NodeID"]): node for node in ray.nodes()}
+    return {name: nodes[node] for node, name in names_of(nodes.values()).items()}
 
 
 def _advertised(node: str, index: int, gib: float, seen: Device | None) -> Device:

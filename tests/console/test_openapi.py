@@ -34,7 +34,7 @@ from serve_app.router.console import RouterParts
 from serve_app.router.deployment import build_app
 from serve_app.status.beside import Running
 from serve_app.status.served_file import ServedFiles
-from tests.console.test_console import RESIDENCY, reads_nothing
+from tests.console.served import RESIDENCY, reads_nothing
 from tests.fakes import ModelsFake, open_gate, router_app
 from tests.status.test_served_file import Notes
 

@@ -84,7 +84,8 @@ def all_of(found: Snapshot, view: View) -> tuple[list[Any], list[Any]]:
 def test_a_device_is_shown_with_what_each_replica_holds_and_what_others_hold() -> None:
     """Foreign memory is what is in use and held by none of ours."""
     (node,), _ = all_of(snapshot(told("a", 6 * GIB), told("b", 3 * GIB)), EVERYBODY)
-    assert (node["id"], node["address"], node["is_head"], node["alive"], node["cpus"]) == (
+    assert (node["id"], node["name"], node["address"], node["is_head"], node["alive"], node["cpus"]) == (
+        "n1",
         "n1",
         "10.0.0.1",
         True,

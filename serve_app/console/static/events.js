@@ -2,7 +2,7 @@
 
 import { Component, html } from "./vendor/htm-preact.js";
 import { clock, date, plural } from "./format.js";
-import { Badge, Empty } from "./widgets.js";
+import { Badge, Empty, Filter } from "./widgets.js";
 
 export class Events extends Component {
   constructor(props) {
@@ -18,18 +18,8 @@ export class Events extends Component {
       .reverse();
     return html`<div class="bar-row">
         <h2>Events</h2>
-        <label class="inline">Kind
-          <select value=${kind} onChange=${(event) => this.setState({ kind: event.target.value })}>
-            <option value="">all</option>
-            ${kinds.map((name) => html`<option value=${name}>${name}</option>`)}
-          </select>
-        </label>
-        <label class="inline">Model
-          <select value=${model} onChange=${(event) => this.setState({ model: event.target.value })}>
-            <option value="">all</option>
-            ${names.map((name) => html`<option value=${name}>${name}</option>`)}
-          </select>
-        </label>
+        <${Filter} label="Kind" value=${kind} options=${kinds} onChange=${(chosen) => this.setState({ kind: chosen })} />
+        <${Filter} label="Model" value=${model} options=${names} onChange=${(chosen) => this.setState({ model: chosen })} />
         <span class="dim">${shown.length} of ${plural(state.events.length, "event")}</span>
       </div>
       ${shown.length === 0

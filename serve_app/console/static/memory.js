@@ -172,7 +172,7 @@ function NodeCard({ node, gpuScale, memoryScale, width, dim, focusDevice, focusA
       <h3>${node.address}</h3>
       ${node.is_head && html`<span class="tag">head</span>`}
       ${!node.alive && html`<${Badge} state="gone" />`}
-      <span class="dim">${gpus ? `${plural(gpus, "GPU")}, ` : ""}${plural(node.cpus, "CPU")}</span>
+      <span class="dim">${node.name && `${node.name} in plans, `}${gpus ? `${plural(gpus, "GPU")}, ` : ""}${plural(node.cpus, "CPU")}</span>
     </header>
     ${node.note && html`<p class="note pre">${node.note}</p>`}
     ${node.devices.map((device) => html`<${Memo} key=${device.key} device=${device} scale=${isGpu(device) ? gpuScale : memoryScale}

@@ -2,7 +2,7 @@
 
 import { Component, html } from "./vendor/htm-preact.js";
 import { clock, date, milliseconds, number, plural } from "./format.js";
-import { Badge, Empty } from "./widgets.js";
+import { Badge, Empty, Filter } from "./widgets.js";
 
 const OUTCOMES = ["running", "ok", "refused", "failed", "left"];
 
@@ -19,21 +19,11 @@ export class Requests extends Component {
       .reverse();
     return html`<div class="bar-row">
         <h2>Requests</h2>
-        <label class="inline">Model
-          <select value=${model} onChange=${(event) => this.setState({ model: event.target.value })}>
-            <option value="">all</option>
-            ${names.map((name) => html`<option value=${name}>${name}</option>`)}
-          </select>
-        </label>
-        <label class="inline">Outcome
-          <select value=${outcome} onChange=${(event) => this.setState({ outcome: event.target.value })}>
-            <option value="">all</option>
-            ${OUTCOMES.map((name) => html`<option value=${name}>${name}</option>`)}
-          </select>
-        </label>
+        <${Filter} label="Model" value=${model} options=${names} onChange=${(chosen) => this.setState({ model: chosen })} />
+        <${Filter} label="Outcome" value=${outcome} options=${OUTCOMES} onChange=${(chosen) => this.setState({ outcome: chosen })} />
         <span class="dim">${shown.length} of ${plural(state.requests.length, "request")}</span>
       </div>
-      <p class="note">${state.access.keeps_prompts ? "Prompts are kept, because console_keeps_prompts is on." : "Prompts are not kept."}${state.requests_left_out ? ` ${plural(state.requests_left_out, "request")} came faster than this page is told, and ${state.requests_left_out === 1 ? "is" : "are"} not shown.` : ""}</p>
+      <p class="note">${state.access.keeps_prompts ? "Prompts are kept, because console_keeps_prompts is on." : "Prompts are not kept."} ${leftOut(state.requests_left_out)}</p>
       ${shown.length === 0
         ? html`<${Empty}>${state.requests.length ? "No request is like this." : "No request has come since the router started."}<//>`
         : html`<div class="panel scroll" tabindex="0" role="region" aria-label="Requests">
@@ -67,6 +57,12 @@ function Row({ request }) {
     <td>${again(request)}</td>
     <td class="id" title=${request.request_id}>${request.request_id}</td>
   </tr>`;
+}
+
+// Says that more requests came than the page was told of.
+function leftOut(count) {
+  if (!count) return "";
+  return `${plural(count, "request")} came faster than a page is told of them, and ${count === 1 ? "is" : "are"} not shown.`;
 }
 
 function again({ retries, resumes }) {

@@ -63,6 +63,16 @@ export function Choice({ label, value, options, onChange }) {
   </div>`;
 }
 
+// Asks which of some values entries must have, or all of them for an empty text.
+export function Filter({ label, value, options, onChange }) {
+  return html`<label class="inline">${label}
+    <select value=${value} onChange=${(event) => onChange(event.target.value)}>
+      <option value="">all</option>
+      ${options.map((name) => html`<option value=${name}>${name}</option>`)}
+    </select>
+  </label>`;
+}
+
 export function Copy({ text, label = "Copy" }) {
   const [told, setTold] = useState("");
   const copy = async () => {

@@ -50,8 +50,8 @@ def device(
 def node(number: int, devices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
     """A node that is there."""
     return {
-        "id": f"{number:056x}", "address": f"10.0.0.{number}", "is_head": number == 1, "alive": True, "note": "",
-        "cpus": 64.0, "devices": devices, **fields,
+        "id": f"{number:056x}", "name": f"n{number}", "address": f"10.0.0.{number}", "is_head": number == 1,
+        "alive": True, "note": "", "cpus": 64.0, "devices": devices, **fields,
     }  # fmt: skip
 
 

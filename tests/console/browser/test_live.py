@@ -50,6 +50,20 @@ def test_deltas_change_what_is_shown(open_page: Open, scripted: Scripted) -> Non
     )
 
 
+def test_requests_that_a_page_was_not_told_of_are_counted(open_page: Open, scripted: Scripted) -> None:
+    """A busy router leaves requests out of a delta, and forgets one that a page shows as running."""
+    watched = open_page()
+    page = watched.open("requests")
+    rows, note = page.locator("#panel-requests tbody tr"), page.locator("#panel-requests .note")
+    expect(rows).to_have_count(4)
+    scripted.push(requests=[states.request(7, "tiny-pt", time.time(), "running")], requests_left_out=1)
+    expect(rows).to_have_count(5)
+    expect(note).to_contain_text("1 request came faster than a page is told of them, and is not shown.")
+    scripted.push(gone_requests=[7], requests_left_out=40)
+    expect(rows).to_have_count(4)
+    expect(note).to_contain_text("41 requests came faster than a page is told of them, and are not shown.")
+
+
 def test_only_what_changed_is_sent_and_drawn(open_page: Open, scripted: Scripted) -> None:
     """A changed node or model keeps its place, a new one comes last, one that is gone is left out, and the elements of
     all others are not touched."""
