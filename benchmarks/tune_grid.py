@@ -59,9 +59,11 @@ def main() -> None:
         parse_seconds(options.measure, "--measure"),
     )
     setup = read_setup(wish, local_inventory(), psutil.cpu_count() or 1, print)
+    space = setup.task.space
     about = {"grid": options.file.name, "workload": options.workload, "clients": options.clients}
-    journal = Journal(options.journal, about | {"measure": options.measure})
-    tuner, space = Tuner(setup.task, journal, Lines()), setup.task.space
+    axes = [[axis.model, axis.field, list(axis.values), axis.meant] for axis in space.axes]
+    journal = Journal(options.journal, about | {"measure": options.measure, "axes": axes})
+    tuner = Tuner(setup.task, journal, Lines())
     left = [point for point in space.points if key_of(point) not in {key_of(trial.point) for trial in journal.trials}]
     random.Random(0).shuffle(left)
     for number, point in enumerate(left, 1):

@@ -25,17 +25,13 @@ Worth = Callable[[Point], float]
 
 
 def recorded(file: Path) -> tuple[Space, Mapping[str, float]]:
-    """The space of a journal, and the score of each point by its key. The point with most empty fields is the
-    file's."""
-    trials = [Trial.from_json(json.loads(line)) for line in file.read_text().splitlines()[1:]]
-    scores = {key_of(trial.point): score_of(Objective(), trial).value for trial in trials}
-    points = sorted((trial.point for trial in trials), key=lambda point: -sum(value in (None, 1) for _, value in point))
-    meant = {"num_cpus": 1, "num_replicas": 1, "max_num_seqs": 32}
-    axes = []
-    for key, _ in points[0]:
-        values = {json.dumps(dict(point)[key]): dict(point)[key] for point in points}
-        axes.append(Axis(*key, tuple(values.values()), meant.get(key[1])))
-    return Space(tuple(axes), tuple(points)), scores
+    """The space of a journal, the file's own point first, and the score of each point by its key."""
+    about, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    axes = tuple(Axis(model, field, tuple(values), meant) for model, field, values, meant in about["axes"])
+    trials = [Trial.from_json(line) for line in lines]
+    own = key_of(tuple((axis.key, axis.values[0]) for axis in axes))
+    points = sorted((trial.point for trial in trials), key=lambda point: key_of(point) != own)
+    return Space(axes, tuple(points)), {key_of(t.point): score_of(Objective(), t).value for t in trials}
 
 
 def at_random(space: Space, worth: Worth, starts: int, draw: random.Random) -> Point:
