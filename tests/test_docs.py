@@ -1,5 +1,6 @@
 """What the documentation says is held against the code. `make docs` checks its links."""
 
+import argparse
 import importlib.util
 import itertools
 import re
@@ -89,3 +90,25 @@ def test_serve_app_commands_are_understood(page: Path) -> None:
     for _, text in BLOCK.findall(page.read_text()):
         for line in re.findall(r"^serve-app (.*)$", text, re.MULTILINE):
             _parser().parse_args(shell_words(line))
+
+
+def test_every_command_and_flag_is_documented() -> None:
+    """docs/commands.md has each command, and some page has each of its flags."""
+    parser = _parser()
+    (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    listed = set(re.findall(r"^\| `serve-app ([\w-]+)", (ROOT / "docs/commands.md").read_text(), re.MULTILINE))
+    assert listed == set(commands)
+    everything = "\n".join(page.read_text() for page in PAGES)
+    for name, command in commands.items():
+        flags = {flag for action in command._actions for flag in action.option_strings if flag.startswith("--")}
+        missing = {flag for flag in flags - {"--help"} if not re.search(rf"{re.escape(flag)}(?![\w-])", everything)}
+        assert not missing, f"{name}: {missing}"
+
+
+def test_every_benchmark_is_documented() -> None:
+    """The table of docs/benchmarks.md names each module that can be run, but the model that others start."""
+    table = (ROOT / "docs/benchmarks.md").read_text().split("## All benchmarks")[1]
+    runnable = {
+        file.stem for file in (ROOT / "benchmarks").glob("*.py") if 'if __name__ == "__main__"' in file.read_text()
+    }
+    assert set(re.findall(r"^\| `python -m benchmarks\.(\w+)`", table, re.MULTILINE)) == runnable - {"mock_model"}
