@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import tempfile
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def measure(args: dict[str, Any], requests: int, pipe: Any) -> None:
 
     async def run() -> None:
         config = ModelConfig.from_args(args)
-        gpus = [] if config.device == "cpu" else visible_gpus(local_gpus())
+        gpus = [] if config.device == "cpu" else visible_gpus(local_gpus())[:1]
         engine = PtEngine(config, "planned", plan_replica(config, gpus))
         await engine.start()
         length = engine.generator.max_tokens_per_request
@@ -120,6 +120,8 @@ def big_model(folder: Path) -> None:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # The model is planned and measured on the card that made it.
 
 
 def held_by(target: Any, args: dict[str, Any], requests: int) -> tuple[int, list[dict[str, Any]]]:
@@ -194,7 +196,9 @@ def main() -> None:
         args |= {"device": options.device, "dtype": "auto" if options.shape == "7b" else "float32"}
         args |= {"kv_cache_memory_bytes": options.kv, "max_model_len": options.max_model_len}
         request = request_of("planned", ModelConfig.from_args(args), 1)
-        (planned,) = make_plan([request], local_inventory()).models
+        seen = local_inventory()  # Of several GPUs, the first one is measured.
+        first = replace(seen, devices=tuple(device for device in seen.devices if device.index in (None, 0)))
+        (planned,) = make_plan([request], first).models
         (rank,) = planned.ranks
         target = measure if options.backend == "pt" else measure_vllm
         held, ranks = held_by(target, args, planned.max_full_length_requests)
