@@ -53,6 +53,17 @@ def test_what_the_plan_cannot_count_is_measured_by_vllm() -> None:
     assert told_for(odd, gpu(0, 24)) is odd
 
 
+def test_a_model_without_a_plan_stays_within_its_share() -> None:
+    """vLLM would take 92 % of the whole card. What the user has written stays, also with a dash."""
+    odd = config(engine_args={"speculative_config": {"method": "ngram"}}, num_gpus=0.5)
+    told = told_for(odd, gpu(0, 24))
+    assert told.engine_args == odd.engine_args | {"gpu_memory_utilization": 0.46}
+    assert told.kv_cache_memory_bytes is None
+    own = config(engine_args={**odd.engine_args, "gpu-memory-utilization": 0.3}, num_gpus=0.5)
+    assert told_for(own, gpu(0, 24)) is own
+    assert with_planned_memory(config(num_gpus=0.001), None).engine_args["gpu_memory_utilization"] == 0.001
+
+
 def test_a_share_of_a_gpu_holds_the_context_too() -> None:
     """Half of 24 GiB: two such replicas fit on one card."""
     told = told_for(config(num_gpus=0.5), gpu(0, 24))
