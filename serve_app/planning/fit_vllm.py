@@ -93,6 +93,7 @@ def _plan(
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
         kv_block_bytes=spare if request.knows_blocks else 0,
+        has_states=request.keeps_states(tp),
         kv_bytes_needed=least,
         asked_for="" if wanted is None else wanted.text,
         task=request.task,

@@ -26,7 +26,7 @@ from serve_app.planning.memory import VLLM_UTILIZATION, reserve
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import STAGES, ModelPlan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
+from serve_app.planning.resolve import UNPLANNED_LIMITS, fewer_rows, pipeline_fields, vllm_memory
 from serve_app.planning.unplanned import unplanned
 from serve_app.residency.pool_plan import plan_in_pool
 
@@ -210,5 +210,6 @@ def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> Model
     stages = pipeline_fields(planned)
     is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
     if config.device == "cpu" or (is_told and not config.max_memory):
+        stages |= fewer_rows(planned)
         return config.model_copy(update=stages) if stages else config
     return config.model_copy(update=vllm_memory(planned) | stages)

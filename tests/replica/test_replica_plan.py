@@ -89,6 +89,15 @@ def test_the_users_own_bytes_stay() -> None:
     assert told_for(cpu) is cpu
 
 
+def test_the_users_own_bytes_bound_the_requests_of_a_model_with_states() -> None:
+    """vLLM would refuse its own default of 256. The rest of such a config stays."""
+    own = {"kv_cache_memory_bytes": "256MiB", "engine_args": {"gpu_memory_utilization": 0.6}}
+    asked = config(model=str(CONFIGS / "qwen3-next"), max_model_len=1024, **own)
+    told = told_for(asked, gpu(0, 24))
+    assert 50 < (told.max_num_seqs or 0) < 256
+    assert told.engine_args == own["engine_args"]
+
+
 def test_the_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """By number or by UUID."""
     cards = [gpu(0, 8), gpu(1, 24), gpu(2, 24)]
