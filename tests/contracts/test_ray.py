@@ -342,3 +342,29 @@ def test_serve_puts_the_door_in_front_of_an_http_server(monkeypatch: pytest.Monk
     options = http_util.configure_http_middlewares(HTTPOptions())
     assert path == "serve_app.access.door:middlewares"
     assert [middleware.cls for middleware in options.middlewares] == [OuterDoor]
+
+
+@contract("ray", "the GPUs that its tasks and replicas see", "serve_app/facts/inventory.py", "serve_app/facts/gpus.py")
+@pytest.mark.parametrize(
+    ("given", "variables", "seen"),
+    [
+        ([], {}, "2,3"),
+        ([], {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}, ""),
+        (["3"], {}, "3"),
+        (["3"], {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, "2,3"),
+    ],
+)
+def test_a_task_without_gpus_sees_those_of_its_node(
+    given: list[str], variables: dict[str, str], seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it can tell which GPUs Ray counts. A node may be told to hide them, or to show all of them to every replica."""
+    from ray._private import utils
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        utils.ray, "get_runtime_context", lambda: SimpleNamespace(get_accelerator_ids=lambda: {"GPU": given})
+    )
+    utils.set_visible_accelerator_ids()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
