@@ -76,6 +76,18 @@ def _unknown(name: str, matches: int, gpus: Sequence[Gpu]) -> str:
     return f"{VISIBLE}: '{name[:80]}' {why}. This machine has {here}."
 
 
+def as_given(given: Sequence[str]) -> dict[str, str]:
+    """Returns the environment that shows a process the GPUs that Ray has given it, and is empty where it shows them.
+
+    Ray does this itself, unless its node was started with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1. Each replica
+    would then compute on the first GPU of the machine.
+    """
+    shown = os.environ.get(VISIBLE)
+    if not given or (shown is not None and {name.strip() for name in shown.split(",")} == set(given)):
+        return {}
+    return {VISIBLE: ",".join(sorted(given, key=lambda name: (len(name), name)))}
+
+
 def _read(index: int) -> Gpu:
     import pynvml
 

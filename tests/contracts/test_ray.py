@@ -357,7 +357,7 @@ def test_serve_puts_the_door_in_front_of_an_http_server(monkeypatch: pytest.Monk
 def test_a_task_without_gpus_sees_those_of_its_node(
     given: list[str], variables: dict[str, str], seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So it can tell which GPUs Ray counts. A node may be told to hide them, or to show all of them to every replica."""
+    """So it can tell which GPUs Ray counts. A node may be told to hide them, or to show all of them to replicas."""
     from ray._private import utils
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")

@@ -3,7 +3,7 @@
 import pytest
 
 from serve_app.errors import ConfigError
-from serve_app.facts.gpus import Gpu, gpus_named, visible_gpus
+from serve_app.facts.gpus import Gpu, as_given, gpus_named, visible_gpus
 
 CARDS = [Gpu(index, uuid, "card", 8, 8) for index, uuid in enumerate(("GPU-aa11-1", "GPU-aa22-2", "GPU-bb33-3"))]
 
@@ -52,3 +52,26 @@ def test_what_is_no_gpu_is_refused(named: str, reason: str, monkeypatch: pytest.
 def test_ray_names_gpus_as_its_node_was_told_to() -> None:
     """By UUIDs if the node was started with them."""
     assert [gpu.index for gpu in gpus_named(CARDS, ["GPU-bb33-3", "0"])] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("shown", "given", "expected"),
+    [
+        (None, ["1"], "1"),
+        ("0,1,2", ["10", "2"], "2,10"),
+        ("0,1,2", ["2", "1", "0"], None),
+        ("GPU-a", ["GPU-b"], "GPU-b"),
+        ("1", ["1"], None),
+        ("0,1", [], None),
+        (None, [], None),
+    ],
+)
+def test_a_replica_sees_only_the_gpus_that_ray_gave_it(
+    shown: str | None, given: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may be told not to hide the others. Where it has hidden them, their order stays. It gives none where memory
+    is counted by index."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert as_given(given).get("CUDA_VISIBLE_DEVICES") == expected
