@@ -90,8 +90,9 @@ install_cpu() {
         fail "vLLM's CPU build needs libnuma.so.1. Install it (Debian: apt-get install libnuma1) and run this again."
 }
 
-# No lock, and so no hashes, for GPUs: the right torch build depends on the driver, which uv detects.
-install_gpu() { uv_install --torch-backend auto --override requirements/left_out.txt ".[gpu]"; }
+# No lock, and so no hashes, for GPUs: the right torch build depends on the driver, which uv detects. torchvision,
+# torchaudio and torchcodec, which the CPU set leaves out, come in torch's build: some models of images and sound need them.
+install_gpu() { uv_install --torch-backend auto ".[gpu]"; }
 
 case "$build" in cpu | gpu) ;; *) fail "the first argument is cpu or gpu, not '$build'" ;; esac
 [ "${held:-$build}" = "$build" ] || fail "$venv holds the $held build; remove it, or use a checkout of its own for $build"

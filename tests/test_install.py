@@ -79,3 +79,11 @@ def test_every_entry_of_a_lock_has_hashes(name: str) -> None:
     assert entries
     for entry in entries:
         assert re.fullmatch(r"[a-z0-9.-]+==\S+( ;[^\\]+)?( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry
+
+
+def test_only_the_cpu_set_leaves_torchvision_out() -> None:
+    """vLLM's CUDA wheel requires it, and several models of images import it."""
+    script = (ROOT / "scripts/install.sh").read_text()
+    assert "left_out.txt" not in script
+    assert "torchvision" not in (ROOT / "requirements/cpu.txt").read_text()
+    assert "left_out.txt" in (ROOT / "scripts/lock.sh").read_text()
