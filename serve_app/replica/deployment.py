@@ -66,6 +66,8 @@ class Model:
         os.environ.update(environment)
         if config.device != "cpu":
             os.environ.update(as_given(ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
+        if config.leaves_threads_to_vllm:
+            _forget_rays_threads(config)
         self.name = serve.get_replica_context().app_name
         self._config, self._facts = config, facts
         self._shelf: AdapterShelf | None = None
@@ -215,6 +217,15 @@ class Model:
 
     async def __del__(self) -> None:
         await self._stop()
+
+
+def _forget_rays_threads(config: ModelConfig) -> None:
+    """Removes OMP_NUM_THREADS where Ray has set it to the CPUs of this replica. vLLM would take it for the user's own
+    choice, and load weights with so many threads."""
+    own = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    name, of_ray = "OMP_NUM_THREADS", str(max(1, int(config.num_cpus)))
+    if name not in own and os.environ.get(name) == of_ray:
+        del os.environ[name]
 
 
 def _gpus(config: ModelConfig) -> list[Gpu]:
