@@ -104,11 +104,16 @@ def pipeline_fields(model: ModelPlan) -> dict[str, Any]:
 
 def vllm_memory(model: ModelPlan) -> dict[str, Any]:
     """Returns the bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it
-    wants to find free at its start, without the CUDA context. It has one share for all cards, so the smallest is
-    set."""
+    wants to find free at its start: what weights, adapters and KV cache take.
+
+    vLLM looks when the CUDA context and the buffers between ranks are there, and the share does nothing else then. The
+    replica has compared its whole plan with what is free already, so activations and graphs are left out: a context
+    that is larger than planned must not stop a start. It has one share for all cards, so the smallest is set.
+    """
     fields: dict[str, Any] = {"kv_cache_memory_bytes": cache_bytes(model)}
     if model.ranks[0].device.is_gpu:
-        shares = [(rank.share.bytes - rank.context.bytes) / rank.device.total_bytes for rank in model.ranks]
+        held = [(rank.weights + rank.adapters + rank.kv_cache).bytes for rank in model.ranks]
+        shares = [size / rank.device.total_bytes for size, rank in zip(held, model.ranks, strict=True)]
         gate = max(1, floor(min(shares) * 1000)) / 1000
         fields["engine_args"] = {**_without_gate(model.config), _GATE: gate}
     return _with_batch(model, fields) | fewer_rows(model)

@@ -39,12 +39,13 @@ def told_for(asked: ModelConfig, *gpus: Gpu) -> ModelConfig:
     return with_planned_memory(asked, plan_replica(asked, gpus))
 
 
-def test_the_cache_is_told_in_bytes_and_the_share_leaves_the_context_out() -> None:
-    """vLLM then measures nothing, and still checks that the share is free."""
+def test_the_cache_is_told_in_bytes_and_the_share_is_what_stays_there() -> None:
+    """vLLM then measures nothing, and still checks that weights and KV cache have room."""
     told = told_for(config(), gpu(0, 24))
     assert told.kv_cache_memory_bytes is not None
     assert 10 * GIB < told.kv_cache_memory_bytes < 16 * GIB
-    assert told.engine_args["gpu_memory_utilization"] == pytest.approx(0.92, abs=0.002)
+    cache = told.kv_cache_memory_bytes / (24 * GIB)
+    assert cache + 0.2 < told.engine_args["gpu_memory_utilization"] < 0.9
 
 
 def test_what_the_plan_cannot_count_is_measured_by_vllm() -> None:
@@ -82,7 +83,7 @@ def test_the_users_own_bytes_stay() -> None:
     """With the share of the card that they need. Nothing is told on the CPU."""
     told = told_for(config(kv_cache_memory_bytes="2GiB"), gpu(0, 24))
     assert told.kv_cache_memory_bytes == 2 * GIB
-    assert 0.4 < told.engine_args["gpu_memory_utilization"] < 0.5
+    assert 0.3 < told.engine_args["gpu_memory_utilization"] < 0.45
     both = config(kv_cache_memory_bytes="2GiB", engine_args={"gpu_memory_utilization": 0.6})
     assert told_for(both, gpu(0, 24)) is both
     cpu = config(device="cpu")
