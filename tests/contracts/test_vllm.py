@@ -480,6 +480,23 @@ def test_media_are_fetched_from_nowhere() -> None:
             asyncio.run(MediaConnector(allowed_media_domains=closed).load_from_url_async(url, ImageMediaIO()))
 
 
+@contract("vllm", "the draft model of a worker", vllm_internals.worker_tensors)
+def test_a_draft_models_parameters_are_counted_once() -> None:
+    """It is beside the model, and may share parameters with it."""
+    import torch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert callable(GPUModelRunner.get_draft_model)
+    model, draft = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    draft.weight = model.weight
+    for found, expected in ((draft, 3), (None, 2)):
+        runner = SimpleNamespace(model=model, get_draft_model=lambda found=found: found)
+        parameters, caches = vllm_internals.worker_tensors(SimpleNamespace(model_runner=runner))
+        assert (len(parameters), caches) == (expected, [])
+    alone = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+    assert len(vllm_internals.worker_tensors(alone)[0]) == 2
+
+
 @contract("vllm", "the names of a worker's attributes", WorkerExtension)
 def test_a_worker_has_no_name_of_ours() -> None:
     """vLLM asserts it when the worker is made, and the model would not start."""
