@@ -123,8 +123,11 @@ def beside_layers(
 
 
 def graphs(request: ModelRequest, device: Device, layers: int) -> Figure:
-    """Returns what the CUDA graphs of so many layers take of a device."""
-    return memory.vllm_graphs(layers, eager=not device.is_gpu or bool(request.config.vllm_args.get("enforce_eager")))
+    """Returns what the CUDA graphs of so many layers take of a device. With adapters, vLLM captures each graph twice,
+    for steps with and without one (`cudagraph_specialize_lora`, its default)."""
+    eager = not device.is_gpu or bool(request.config.vllm_args.get("enforce_eager"))
+    one = memory.vllm_graphs(layers, eager)
+    return one + one if request.config.has_adapters else one
 
 
 def most_without_context(config: ModelConfig, device: Device) -> int:
