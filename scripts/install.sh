@@ -90,8 +90,18 @@ install_cpu() {
         fail "vLLM's CPU build needs libnuma.so.1. Install it (Debian: apt-get install libnuma1) and run this again."
 }
 
-# No lock, and so no hashes, for GPUs: the right torch build depends on the driver, which uv detects.
-install_gpu() { uv_install --torch-backend auto --override requirements/left_out.txt ".[gpu]"; }
+# vLLM's wheel is built for CUDA 13.0, whichever build of torch uv takes, and that needs this driver.
+least_driver=580.65
+warn_of_an_old_driver() {
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    case "$driver" in '' | *[!0-9.]*) return 0 ;; esac
+    [ "$(printf '%s\n' "$driver" "$least_driver" | sort -V | head -n 1)" = "$least_driver" ] ||
+        say "this machine has NVIDIA driver $driver, and vLLM's wheel needs $least_driver or later: only infer_backend: pt may work"
+}
+
+# No lock, and so no hashes, for GPUs: the right torch build depends on the driver, which uv detects. torchvision,
+# torchaudio and torchcodec, which the CPU set leaves out, come in torch's build: some models of images and sound need them.
+install_gpu() { warn_of_an_old_driver; uv_install --torch-backend auto ".[gpu]"; }
 
 case "$build" in cpu | gpu) ;; *) fail "the first argument is cpu or gpu, not '$build'" ;; esac
 [ "${held:-$build}" = "$build" ] || fail "$venv holds the $held build; remove it, or use a checkout of its own for $build"

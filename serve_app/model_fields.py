@@ -453,6 +453,12 @@ class ModelFields(Strict):
         return max(1, int(self.num_cpus) // max(self.ranks_of_nodes))
 
     @property
+    def leaves_threads_to_vllm(self) -> bool:
+        """Returns whether vLLM chooses its threads itself: on GPUs, each rank takes its part of the CPUs to load the
+        weights, and one to serve. Over several nodes it does not choose."""
+        return self.infer_backend == "vllm" and self.device != "cpu" and self.nodes == 1
+
+    @property
     def share(self) -> float | None:
         """Returns the share of one GPU that `num_gpus` sets, or None if the replica has whole GPUs."""
         return self.num_gpus if self.num_gpus is not None and self.num_gpus < 1 else None

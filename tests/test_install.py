@@ -79,3 +79,35 @@ def test_every_entry_of_a_lock_has_hashes(name: str) -> None:
     assert entries
     for entry in entries:
         assert re.fullmatch(r"[a-z0-9.-]+==\S+( ;[^\\]+)?( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry
+
+
+def test_only_the_cpu_set_leaves_torchvision_out() -> None:
+    """vLLM's CUDA wheel requires it, and several models of images import it."""
+    script = (ROOT / "scripts/install.sh").read_text()
+    assert "left_out.txt" not in script
+    assert "torchvision" not in (ROOT / "requirements/cpu.txt").read_text()
+    assert "left_out.txt" in (ROOT / "scripts/lock.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("driver", "is_told"),
+    [("570.133.20", True), ("580.65.06", False), ("580.65", False), ("595.10", False), ("1000.1", False), ("", False),
+     ("No devices were found", False)],
+)  # fmt: skip
+def test_an_old_driver_is_told(driver: str, is_told: bool, tmp_path: Path) -> None:
+    """uv would take another build of torch for it, but vLLM's wheel has only one. Without nvidia-smi nothing is
+    said."""
+    script = (ROOT / "scripts/install.sh").read_text()
+    parts = (r"^least_driver=.*\n", r"^warn_of_an_old_driver\(\) \{\n(?:.*\n)*?\}\n", r"^say\(\).*\n")
+    found = [match[0] for part in parts if (match := re.search(part, script, re.MULTILINE))]
+    assert len(found) == len(parts)
+    if driver:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{driver}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", "-eu", "-c", "".join([*found, "warn_of_an_old_driver\n"])],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert bool(done.stdout) is is_told
+    if is_told:
+        assert done.stdout.startswith(f"install: this machine has NVIDIA driver {driver}, and vLLM's wheel needs 580")

@@ -17,6 +17,7 @@ import psutil
 from serve_app.deploy.node_env import node_environments
 from serve_app.deploy.serve_env import haproxy_command, lacking
 from serve_app.errors import ConfigError
+from serve_app.facts.cuda_tools import has_c_compiler, has_precompiled_kernels, missing_for_kernels
 from serve_app.facts.gpu_processes import GpuProcess, gpu_processes
 from serve_app.facts.gpus import Gpu, local_gpus
 from serve_app.facts.nodes import Node, ray_nodes
@@ -72,7 +73,8 @@ class Machine:
     """What was found on this machine. Sizes are in bytes, `gpu_error` is NVML's error, and `cluster` is None if no Ray
     cluster runs here. `locked_bytes` is what a process may lock of the memory, and None without a limit.
 
-    `without_settings` says by node how many of the settings of `serve-app node-env` the node lacks.
+    `without_settings` says by node how many of the settings of `serve-app node-env` the node lacks, and
+    `missing_for_kernels` what FlashInfer lacks to run its kernels.
     """
 
     python: tuple[int, int, int]
@@ -95,6 +97,8 @@ class Machine:
     python_path: str = sys.executable
     haproxy_error: str = ""
     locked_bytes: int | None = None
+    missing_for_kernels: Sequence[str] = ()
+    has_c_compiler: bool = True
 
 
 def doctor() -> int:
@@ -141,6 +145,8 @@ def gather() -> Machine:
         without_settings=without_settings,
         haproxy_error=_haproxy_error(),
         locked_bytes=_locked_bytes(),
+        missing_for_kernels=() if has_precompiled_kernels() else tuple(missing_for_kernels()),
+        has_c_compiler=has_c_compiler(),
     )
 
 
@@ -323,6 +329,7 @@ def problems_of(machine: Machine) -> list[str]:
         *_package_problems(machine),
         *_build_problems(machine),
         *_gpu_problems(machine),
+        *_kernel_problems(machine),
         *_space_problems(machine),
         *_port_problems(machine),
     ]
@@ -405,6 +412,26 @@ def _gpu_problems(machine: Machine) -> list[str]:
         problems.append(
             f"GPUs: they are unequal ({sizes}). vLLM's tensor_parallel_size needs equal GPUs. Use "
             "infer_backend: pt with max_memory over all of them."
+        )
+    return problems
+
+
+def _kernel_problems(machine: Machine) -> list[str]:
+    """Returns what vLLM lacks to compile kernels for this machine's GPUs."""
+    if not machine.gpus or machine.versions.get("vllm") is None:
+        return []
+    problems = []
+    if machine.missing_for_kernels:
+        problems.append(
+            f"vllm: {' and '.join(machine.missing_for_kernels)} cannot be found, and FlashInfer's kernels are not "
+            "installed, so vLLM samples without them, and what has no other kernels fails, such as an fp8 KV cache on "
+            f"some cards. Run {Path(machine.python_path).parent}/vllm download-kernels, or install a CUDA toolkit, set "
+            "CUDA_HOME to it and have ninja on the PATH."
+        )
+    if not machine.has_c_compiler:
+        problems.append(
+            "vllm: no C compiler can be found (gcc or clang on the PATH, or CC), and Triton needs one to run its "
+            "kernels, so no model starts on a GPU. Install one (Debian: apt-get install gcc python3-dev)."
         )
     return problems
 

@@ -97,7 +97,9 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
 
     The user's variables, `own`, stay as they are, except for the GPUs, which follow from the placement.
     """
-    defaults = {"OMP_NUM_THREADS": str(config.rank_threads), "TOKENIZERS_PARALLELISM": "false"}
+    defaults = {"TOKENIZERS_PARALLELISM": "false"}
+    if not config.leaves_threads_to_vllm:
+        defaults["OMP_NUM_THREADS"] = str(config.rank_threads)
     if demand.elsewhere:  # The bundle of each rank.
         defaults[BUNDLES] = ",".join(str(place) for place, part in enumerate(demand.parts) for _ in range(part.ranks))
     variables = {name: value for name, value in defaults.items() if name not in own}

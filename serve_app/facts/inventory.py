@@ -1,9 +1,11 @@
 """Finds the devices that a plan may use: GPUs and host memory, by node."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -208,27 +210,60 @@ def _require_fields(found: Any, known: Sequence[str], where: str, what: str) -> 
 
 
 def local_inventory(node: str = "n1") -> Inventory:
-    """Returns this machine's devices by NVML and psutil. A Ray that starts here with no more options counts whole
-    GPUs."""
+    """Returns this machine's devices by NVML and psutil, without GPUs that CUDA_VISIBLE_DEVICES hides. A Ray that
+    starts here with no more options counts whole GPUs. Raises ConfigError if the variable names what is no GPU."""
+    from serve_app.facts.gpus import local_gpus, visible_gpus
+
+    return _inventory_of(node, visible_gpus(local_gpus()))
+
+
+def _inventory_of(node: str, gpus: Iterable[Gpu]) -> Inventory:
     import psutil
 
-    from serve_app.facts.gpus import local_gpus
-
     memory = psutil.virtual_memory()
-    gpus = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes, False) for gpu in local_gpus()]
+    in_order = sorted(gpus, key=lambda gpu: gpu.index)
+    devices = [Device(node, gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes, False) for gpu in in_order]
     host = Device(node, None, "memory", memory.total, memory.available)
-    return Inventory((*gpus, host), read_calibrations(), engine_versions())
+    return Inventory((*devices, host), read_calibrations(), engine_versions())
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """This is what a node of Ray's has: all its devices, and the numbers of the GPUs that Ray counts there as whole
+    ones, in the order in which it numbers them. `problem` says why these are not known."""
+
+    inventory: Inventory
+    counted: tuple[int, ...]
+    problem: str = ""
+
+
+def node_view(node: str) -> NodeView:
+    """Returns what the node has on which this process runs, which must have the environment of the node's raylet.
+
+    Ray numbers the GPUs that CUDA_VISIBLE_DEVICES names. It does not change the variable for a task without GPUs,
+    unless it was told to empty it there (RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO), so an empty one hides nothing here.
+    """
+    from serve_app.facts.gpus import VISIBLE, local_gpus, visible_gpus
+
+    gpus = local_gpus()
+    everything = _inventory_of(node, gpus)
+    try:
+        shown = visible_gpus(gpus) if os.environ.get(VISIBLE) else gpus
+    except ConfigError as error:
+        return NodeView(everything, (), str(error))
+    return NodeView(everything, tuple(gpu.index for gpu in shown))
 
 
 def ray_inventory() -> Inventory:
     """Returns the devices of all living nodes of the cluster that this process is connected to. A task asks each node.
 
     A node that advertises its memory by index has as much of each GPU as it says, and no more is free than NVML sees.
+    GPUs of a node that has hidden some in a way that is not known are left out. Raises ConfigError if all are.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0, max_retries=0)(local_inventory)
+    ask = ray.remote(num_cpus=0, max_retries=0)(node_view)
     nodes = _living_nodes()
     tasks = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(name)
@@ -236,17 +271,26 @@ def ray_inventory() -> Inventory:
     ]
     devices: list[Device] = []
     calibrations: Calibrations = {}
+    problems = []
     for (name, node), seen in zip(nodes.items(), ray.get(tasks, timeout=60), strict=True):
-        calibrations = joined(calibrations, seen.calibrations)
-        by_index = node_from_resources(name, node["Resources"]).vram_gib
-        if by_index:
-            gpus = {gpu.index: gpu for gpu in seen.gpus}
-            devices += [_advertised(name, index, size, gpus.get(index)) for index, size in sorted(by_index.items())]
-            devices += [device for device in seen.devices if not device.is_gpu]
-        else:
-            count = node["Resources"].get("GPU", 0.0)  # Fewer than NVML sees where Ray was started so.
-            devices += [device for device in seen.devices if device.index is None or device.index < count]
+        calibrations = joined(calibrations, seen.inventory.calibrations)
+        devices += devices_of(name, node["Resources"], seen)
+        problems += [f"{name}: {seen.problem}"] if seen.problem and node["Resources"].get("GPU") else []
+    if problems and not any(device.is_gpu for device in devices):
+        raise ConfigError(problems[0])
     return Inventory(tuple(devices), calibrations, engine_versions())
+
+
+def devices_of(name: str, resources: Mapping[str, float], seen: NodeView) -> list[Device]:
+    """Returns the devices of a node that Ray counts: GPUs by index, or else as many whole ones as `resources` have,
+    which are fewer than NVML sees where Ray was started so. GPUs that are not known are left out."""
+    host = [device for device in seen.inventory.devices if not device.is_gpu]
+    gpus = {gpu.index: gpu for gpu in seen.inventory.gpus}
+    by_index = node_from_resources(name, resources).vram_gib
+    if by_index:
+        return [_advertised(name, index, size, gpus.get(index)) for index, size in sorted(by_index.items())] + host
+    count = ceil(resources.get("GPU", 0.0))
+    return [gpus[index] for index in sorted(seen.counted[:count])] + host
 
 
 @dataclass(frozen=True)
@@ -281,12 +325,12 @@ def _bundle_view(name: str) -> BundleView:
     import psutil
     import ray
 
-    from serve_app.facts.gpus import local_gpus
+    from serve_app.facts.gpus import gpus_named, local_gpus
 
     memory = psutil.virtual_memory()
     given = ray.get_runtime_context().get_accelerator_ids().get("GPU") or ()
-    gpus = tuple(gpu for gpu in local_gpus() if str(gpu.index) in given)
-    return BundleView(name, Device(name, None, "memory", memory.total, memory.available), gpus)
+    gpus = sorted(gpus_named(local_gpus(), given), key=lambda gpu: gpu.index)
+    return BundleView(name, Device(name, None, "memory", memory.total, memory.available), tuple(gpus))
 
 
 def unclaimed(inventory: Inventory) -> Inventory:

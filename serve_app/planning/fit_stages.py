@@ -371,6 +371,7 @@ def _plan(
         max_full_length_requests=rows if full is None else min(rows, full),
         ranks=tuple(ranks),
         kv_block_bytes=widest if request.knows_blocks else 0,
+        has_states=request.keeps_states(tp),
         pipeline_layers=found.partition,
         kv_bytes_needed=blocks * widest,
         asked_for="" if wanted is None else wanted.text,

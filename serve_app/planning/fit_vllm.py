@@ -93,6 +93,7 @@ def _plan(
         max_full_length_requests=min(rows, full),  # vLLM runs no more than max_num_seqs at once.
         ranks=ranks,
         kv_block_bytes=spare if request.knows_blocks else 0,
+        has_states=request.keeps_states(tp),
         kv_bytes_needed=least,
         asked_for="" if wanted is None else wanted.text,
         task=request.task,
@@ -122,8 +123,11 @@ def beside_layers(
 
 
 def graphs(request: ModelRequest, device: Device, layers: int) -> Figure:
-    """Returns what the CUDA graphs of so many layers take of a device."""
-    return memory.vllm_graphs(layers, eager=not device.is_gpu or bool(request.config.vllm_args.get("enforce_eager")))
+    """Returns what the CUDA graphs of so many layers take of a device. With adapters, vLLM captures each graph twice,
+    for steps with and without one (`cudagraph_specialize_lora`, its default)."""
+    eager = not device.is_gpu or bool(request.config.vllm_args.get("enforce_eager"))
+    one = memory.vllm_graphs(layers, eager)
+    return one + one if request.config.has_adapters else one
 
 
 def most_without_context(config: ModelConfig, device: Device) -> int:

@@ -343,6 +343,10 @@ class ModelRequest:
             self.memo[key] = spare_bytes(self.rank_facts(tp))
         return int(self.memo[key])
 
+    def keeps_states(self, tp: int) -> bool:
+        """Returns whether layers of vLLM keep states of each request in blocks of the KV cache."""
+        return any(layer.kind == "state" for layer in self.rank_facts(tp).cache)
+
     @property
     def knows_blocks(self) -> bool:
         """Returns whether the plan knows vLLM's blocks of KV cache, which on the CPU may depend on the machine."""

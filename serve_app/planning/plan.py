@@ -91,6 +91,8 @@ class ModelPlan:
     draft: Architecture | None = None
     # This says whether vLLM is known to make blocks of that size on these cards.
     knows_blocks: bool = True
+    # This says whether layers of vLLM keep states of requests (Mamba, linear attention) in blocks of the KV cache.
+    has_states: bool = False
     task: Task = "generate"
     # The tokens of a step of a model that makes vectors or scores in pt, and 0 for every other one.
     step_tokens: int = 0

@@ -26,6 +26,7 @@ from serve_app.planning.shortage import Seats, Shortage, available
 from serve_app.planning.sizes import gib
 from serve_app.planning.state import State
 from serve_app.planning.unplanned import missing_facts, unplanned
+from serve_app.planning.vllm_blocks import lowered_rows
 
 # The search tries this many placements before it gives up and places each model where it can.
 MOST_TRIES = 300
@@ -305,6 +306,9 @@ def _attempt(
         return problem
     knows_blocks = all(knows_kernels(request, device) for device in devices)
     fit = replace(fit, replica=request.replicas, knows_blocks=knows_blocks)
+    if config.max_num_seqs is not None and (rows := lowered_rows(fit)) is not None:
+        why = f"max_num_seqs is {rows}, because vLLM runs no more requests than it has blocks where layers keep states"
+        fit = replace(fit, reasons=(*fit.reasons, why))
     return Placed(fit, state.with_plan(fit, devices, share))
 
 

@@ -18,6 +18,7 @@ from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import Fix, ModelPlan, Plan
 from serve_app.planning.planner import make_plan
 from serve_app.planning.resource_demand import Demand, demands_of, planned_demand
+from serve_app.planning.vllm_blocks import cache_bytes, lowered_rows
 
 # This is why limits on cards need a plan.
 UNPLANNED_LIMITS = (
@@ -89,7 +90,7 @@ def _shares(model: ModelPlan) -> dict[str, Any]:
         caps = {rank.device.index: rank.share.bytes for rank in model.ranks}
         return {"max_memory": caps, "num_gpus": None}
     indices = tuple(rank.device.index for rank in model.ranks)
-    cache = {"kv_cache_memory_bytes": _cache_bytes(model), "engine_args": _without_gate(model.config)}
+    cache = {"kv_cache_memory_bytes": cache_bytes(model), "engine_args": _without_gate(model.config)}
     fields = {"gpu_ids": indices, "num_gpus": None, "tensor_parallel_size": model.tensor_parallel_size, **cache}
     return fields | pipeline_fields(model)
 
@@ -103,14 +104,25 @@ def pipeline_fields(model: ModelPlan) -> dict[str, Any]:
 
 def vllm_memory(model: ModelPlan) -> dict[str, Any]:
     """Returns the bytes of KV cache, so that vLLM measures nothing beside others, and the share of the card that it
-    wants to find free at its start, without the CUDA context. It has one share for all cards, so the smallest is
-    set."""
-    fields: dict[str, Any] = {"kv_cache_memory_bytes": _cache_bytes(model)}
+    wants to find free at its start: what weights, adapters and KV cache take.
+
+    vLLM looks when the CUDA context and the buffers between ranks are there, and the share does nothing else then. The
+    replica has compared its whole plan with what is free already, so activations and graphs are left out: a context
+    that is larger than planned must not stop a start. It has one share for all cards, so the smallest is set.
+    """
+    fields: dict[str, Any] = {"kv_cache_memory_bytes": cache_bytes(model)}
     if model.ranks[0].device.is_gpu:
-        shares = [(rank.share.bytes - rank.context.bytes) / rank.device.total_bytes for rank in model.ranks]
+        held = [(rank.weights + rank.adapters + rank.kv_cache).bytes for rank in model.ranks]
+        shares = [size / rank.device.total_bytes for size, rank in zip(held, model.ranks, strict=True)]
         gate = max(1, floor(min(shares) * 1000)) / 1000
         fields["engine_args"] = {**_without_gate(model.config), _GATE: gate}
-    return _with_batch(model, fields)
+    return _with_batch(model, fields) | fewer_rows(model)
+
+
+def fewer_rows(model: ModelPlan) -> dict[str, Any]:
+    """Returns the `max_num_seqs` that vLLM takes where it would refuse a larger one, and otherwise nothing."""
+    rows = lowered_rows(model)
+    return {} if rows is None else {"max_num_seqs": rows}
 
 
 def _with_batch(model: ModelPlan, fields: dict[str, Any]) -> dict[str, Any]:
@@ -132,23 +144,6 @@ def _with_batch(model: ModelPlan, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _without_gate(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in config.engine_args.items() if name.replace("-", "_") != _GATE}
-
-
-def _cache_bytes(model: ModelPlan) -> int:
-    """Returns the bytes of KV cache in whole MiB, unless one request of full length would no longer fit beside the
-    block that vLLM keeps empty. Of a pipeline it is what the widest stage has, to the byte, of which vLLM makes the
-    planned number of blocks."""
-    cache = max(rank.kv_cache.bytes for rank in model.ranks)
-    if model.pipeline_layers:
-        return cache
-    rounded = cache // MIB * MIB
-    return rounded if rounded >= model.kv_bytes_per_request + model.kv_block_bytes else cache
-
-
-def kv_blocks(model: ModelPlan) -> int | None:
-    """Returns how many blocks vLLM is to make of its KV cache, or None if the plan does not know the size of one on
-    these cards."""
-    return _cache_bytes(model) // model.kv_block_bytes if model.kv_block_bytes and model.knows_blocks else None
 
 
 def problem_text(plan: Plan) -> str:

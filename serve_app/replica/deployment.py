@@ -29,7 +29,7 @@ from serve_app.engines.adapters import AdapterCheck
 from serve_app.engines.engine import Engine, create_engine
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.facts.engine_facts import EngineFacts
-from serve_app.facts.gpus import Gpu, local_gpus, visible_gpus
+from serve_app.facts.gpus import Gpu, as_given, local_gpus, visible_gpus
 from serve_app.facts.process_memory import held_by_others, is_held
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.plan import ModelPlan
@@ -64,6 +64,10 @@ class Model:
         are what engines told the builder of the model, and None if it made no plan."""
         require_door()
         os.environ.update(environment)
+        if config.device != "cpu":
+            os.environ.update(as_given(ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
+        if config.leaves_threads_to_vllm:
+            _forget_rays_threads(config)
         self.name = serve.get_replica_context().app_name
         self._config, self._facts = config, facts
         self._shelf: AdapterShelf | None = None
@@ -213,6 +217,15 @@ class Model:
 
     async def __del__(self) -> None:
         await self._stop()
+
+
+def _forget_rays_threads(config: ModelConfig) -> None:
+    """Removes OMP_NUM_THREADS where Ray has set it to the CPUs of this replica. vLLM would take it for the user's own
+    choice, and load weights with so many threads."""
+    own = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    name, of_ray = "OMP_NUM_THREADS", str(max(1, int(config.num_cpus)))
+    if name not in own and os.environ.get(name) == of_ray:
+        del os.environ[name]
 
 
 def _gpus(config: ModelConfig) -> list[Gpu]:

@@ -26,8 +26,8 @@ from serve_app.facts.packages import engine_versions
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.memory import Figure
 from serve_app.planning.plan import ModelPlan, RankPlan
-from serve_app.planning.resolve import kv_blocks
 from serve_app.planning.sizes import gib
+from serve_app.planning.vllm_blocks import kv_blocks
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.metrics import ReplicaMetrics
 from serve_app.replica.report import (

@@ -10,6 +10,7 @@ processes that hold the memory.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import floor
 
 import psutil
 
@@ -21,11 +22,11 @@ from serve_app.facts.gpus import Gpu
 from serve_app.facts.inventory import Device, Inventory
 from serve_app.facts.packages import facts_version
 from serve_app.facts.process_memory import held_by_others
-from serve_app.planning.memory import reserve
+from serve_app.planning.memory import VLLM_UTILIZATION, reserve
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import STAGES, ModelPlan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resolve import UNPLANNED_LIMITS, pipeline_fields, vllm_memory
+from serve_app.planning.resolve import UNPLANNED_LIMITS, fewer_rows, pipeline_fields, vllm_memory
 from serve_app.planning.unplanned import unplanned
 from serve_app.residency.pool_plan import plan_in_pool
 
@@ -152,6 +153,15 @@ def split_line(planned: ModelPlan | None, gpus: Sequence[Gpu]) -> str:
     return f"{ranks}: stages of {layers} layers ({STAGES}), with tensor_parallel_size {planned.tensor_parallel_size}"
 
 
+def _within_share(config: ModelConfig) -> ModelConfig:
+    """Returns the config of a model without a plan, in which vLLM takes no more than the model's share of a card. By
+    itself it takes its share of the whole card, and so the memory of the models beside it."""
+    if config.device == "cpu" or config.share is None or "gpu_memory_utilization" in config.vllm_args:
+        return config
+    own = max(1, floor(VLLM_UTILIZATION * config.share * 1000)) / 1000
+    return config.model_copy(update={"engine_args": {**config.engine_args, "gpu_memory_utilization": own}})
+
+
 def _request(config: ModelConfig, facts: EngineFacts | None) -> ModelRequest | None:
     try:
         # Ray names the type of the node's first GPU, which need not be this replica's.
@@ -187,18 +197,19 @@ def with_planned_memory(config: ModelConfig, planned: ModelPlan | None) -> Model
     itself.
 
     Its own profiling looks at the whole card, and is wrong beside another process that grows or shrinks meanwhile.
-    A pipeline gets the layers of each stage too. It is unchanged for pt, for a model that is not planned, and if the
-    config says all of it already. On the CPU, only the stages are set. Raises EngineError for limits on cards without a
-    plan, since vLLM has none of its own.
+    A pipeline gets the layers of each stage too. It is unchanged for pt, and if the config says all of it already. A
+    model that is not planned measures by itself, within its share of a card. On the CPU, only the stages are set.
+    Raises EngineError for limits on cards without a plan, since vLLM has none of its own.
     """
     if config.infer_backend != "vllm":
         return config
     if planned is None:
         if config.max_memory is not None:
             raise EngineError(f"max_memory: {UNPLANNED_LIMITS}")
-        return config
+        return _within_share(config)
     stages = pipeline_fields(planned)
     is_told = config.kv_cache_memory_bytes is not None and "gpu_memory_utilization" in config.vllm_args
     if config.device == "cpu" or (is_told and not config.max_memory):
+        stages |= fewer_rows(planned)
         return config.model_copy(update=stages) if stages else config
     return config.model_copy(update=vllm_memory(planned) | stages)

@@ -104,6 +104,11 @@ def test_a_machine_with_the_cpu_build_needs_no_gpu(
             ["torchvision 0.28.0", "torch 2.13.0+cpu", "pip uninstall torchvision"],
         ),
         ({"haproxy_error": "serve-app-haproxy: is not there"}, ["serve-app-haproxy: is not there"]),
+        (
+            {"missing_for_kernels": ("nvcc", "ninja")},
+            ["nvcc and ninja", "/venv/bin/vllm download-kernels", "CUDA_HOME"],
+        ),
+        ({"has_c_compiler": False}, ["no C compiler", "Triton", "apt-get install gcc"]),
     ],
 )
 def test_each_problem_says_what_where_and_what_to_do(changes: dict[str, Any], words: list[str]) -> None:
@@ -131,6 +136,13 @@ def test_libnuma_matters_to_the_cpu_build_only() -> None:
     assert problems_of(replace(GOOD, has_libnuma=False)) == []
     cpu = replace(GOOD, gpus=(), versions=CPU_VERSIONS, torch=CPU_TORCH, has_libnuma=False)
     assert any("libnuma1" in problem for problem in problems_of(cpu))
+
+
+def test_compilers_matter_to_the_gpu_build_with_gpus_only() -> None:
+    """pt needs none, and the CPU build brings its kernels."""
+    without = {"missing_for_kernels": ("nvcc",), "has_c_compiler": False}
+    machine = replace(GOOD, gpus=(), versions=CPU_VERSIONS, torch=CPU_TORCH, **without)  # type: ignore[arg-type]
+    assert problems_of(machine) == []
 
 
 def test_one_gpu_needs_no_shared_memory() -> None:

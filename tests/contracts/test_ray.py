@@ -21,8 +21,9 @@ from serve_app.cli.haproxy import looseness, tightened
 from serve_app.cli.start.captured import WORKER_LINE
 from serve_app.console.guard import FORWARDING
 from serve_app.deploy.serve_env import NAMES, file_environment, serve_environment
-from serve_app.replica.deployment import Model
+from serve_app.replica.deployment import Model, _forget_rays_threads
 from serve_app.terminal import MARK
+from tests.builders import model_config
 from tests.cluster import ray_contract
 from tests.contracts.contract import ROOT, as_imported_with, called_in_a_cluster, contract, untested
 
@@ -342,3 +343,54 @@ def test_serve_puts_the_door_in_front_of_an_http_server(monkeypatch: pytest.Monk
     options = http_util.configure_http_middlewares(HTTPOptions())
     assert path == "serve_app.access.door:middlewares"
     assert [middleware.cls for middleware in options.middlewares] == [OuterDoor]
+
+
+@contract("ray", "the GPUs that its tasks and replicas see", "serve_app/facts/inventory.py", "serve_app/facts/gpus.py")
+@pytest.mark.parametrize(
+    ("given", "variables", "seen"),
+    [
+        ([], {}, "2,3"),
+        ([], {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}, ""),
+        (["3"], {}, "3"),
+        (["3"], {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}, "2,3"),
+    ],
+)
+def test_a_task_without_gpus_sees_those_of_its_node(
+    given: list[str], variables: dict[str, str], seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it can tell which GPUs Ray counts. A node may be told to hide them, or to show all of them to replicas."""
+    from ray._private import utils
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        utils.ray, "get_runtime_context", lambda: SimpleNamespace(get_accelerator_ids=lambda: {"GPU": given})
+    )
+    utils.set_visible_accelerator_ids()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+@contract("ray", "the threads that it gives to a replica", "serve_app/replica/deployment.py")
+@pytest.mark.parametrize(
+    ("own", "before", "after"), [({}, None, None), ({"A": "1"}, "8", "8"), ({"OMP_NUM_THREADS": "2"}, "2", "2")]
+)
+def test_rays_number_of_threads_is_told_from_the_users(
+    own: dict[str, str], before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray sets as many as the replica has CPUs, if nothing is set. vLLM would take that for the user's own choice."""
+    from ray._private import utils, worker
+
+    context = SimpleNamespace(
+        runtime_env={"env_vars": own} if own else {},
+        worker=SimpleNamespace(mode=worker.WORKER_MODE),
+        get_assigned_resources=lambda: {"CPU": 2.5},
+    )
+    monkeypatch.setattr(utils.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setenv("OMP_NUM_THREADS", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    utils.set_omp_num_threads_if_unset()
+    assert os.environ["OMP_NUM_THREADS"] == (before or "2")
+    _forget_rays_threads(model_config(infer_backend="vllm", num_cpus=2.5))
+    assert os.environ.get("OMP_NUM_THREADS") == after

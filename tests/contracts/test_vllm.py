@@ -21,13 +21,14 @@ from serve_app.engines.pt.api.protocol import ChatRequest
 from serve_app.engines.vllm import arguments, values, vllm_internals
 from serve_app.engines.vllm.bounds import FRACTIONS, MOST_CHOICES, MOST_IN_LIST, WHOLE_NUMBERS
 from serve_app.engines.vllm.endpoints import READING, SERVED
-from serve_app.engines.vllm.engine import engine_arguments, environment, token_counter
+from serve_app.engines.vllm.engine import FLASHINFER_SAMPLER, engine_arguments, environment, token_counter
 from serve_app.engines.vllm.guard import MOST_BAD_WORDS, MOST_BAD_WORDS_TOKENS, MOST_BIASES, Guard, guarded
 from serve_app.engines.vllm.response_items import slices
 from serve_app.engines.vllm.response_tools import SHOWN
 from serve_app.engines.vllm.worker import WorkerExtension
 from serve_app.errors import RequestError
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
+from serve_app.facts.cuda_tools import missing_for_kernels
 from serve_app.replica.whole_body import WholeBody
 from serve_app.router.engine_loss import is_lost_event
 from serve_app.wire.body import RequestBody
@@ -431,9 +432,41 @@ def test_each_variable_that_is_set_is_one_of_vllms() -> None:
     """vLLM passes over others with a warning at most."""
     from vllm import envs
 
-    for fields in ({}, {"pipeline_layers": [1, 3]}):
-        asked = environment(model_config(infer_backend="vllm", device="cpu", **fields)).keys()
+    for fields in ({}, {"pipeline_layers": [1, 3]}, {"device": "cuda"}):
+        asked = environment(model_config(infer_backend="vllm", **({"device": "cpu"} | fields))).keys()
         assert sorted(asked - {"TORCH_COMPILE_DISABLE"} - envs.environment_variables.keys()) == []
+
+
+@contract("vllm", "its sampling on GPUs without nvcc", environment, "serve_app/facts/cuda_tools.py")
+def test_sampling_by_flashinfer_is_the_default_and_can_be_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM does not look whether the kernels can be compiled. It finds nvcc as we do, and has a command for the kernels
+    that are compiled already."""
+    from vllm import envs
+    from vllm.entrypoints.cli import download_kernels
+    from vllm.utils import flashinfer
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
+    assert envs.environment_variables[FLASHINFER_SAMPLER]() is True
+    monkeypatch.setenv(FLASHINFER_SAMPLER, "0")
+    assert envs.environment_variables[FLASHINFER_SAMPLER]() is False
+    supported = inspect.getsource(topk_topp_sampler.flashinfer_sampler_supported)
+    assert "if not envs.VLLM_USE_FLASHINFER_SAMPLER:" in supported
+    assert "nvcc" not in supported
+    assert download_kernels.DownloadKernelsSubcommand.name == "download-kernels"
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    for path, home in ((tmp_path, ""), (tmp_path / "bin", ""), (tmp_path, str(tmp_path))):
+        monkeypatch.setenv("PATH", str(path))
+        monkeypatch.setenv("CUDA_HOME", home)
+        nvcc.unlink(missing_ok=True)
+        assert ("nvcc" in missing_for_kernels()) is (flashinfer._flashinfer_nvcc_path() is None)
+        nvcc.touch(0o755)
+        assert ("nvcc" in missing_for_kernels()) is (flashinfer._flashinfer_nvcc_path() is None)
 
 
 @contract("vllm", "from where it fetches media", engine_arguments)
@@ -445,6 +478,23 @@ def test_media_are_fetched_from_nowhere() -> None:
     for url in ("http://169.254.169.254/latest/meta-data", "http://127.0.0.1:8265/api/jobs/"):
         with pytest.raises(ValueError, match="media-urls-are-closed"):
             asyncio.run(MediaConnector(allowed_media_domains=closed).load_from_url_async(url, ImageMediaIO()))
+
+
+@contract("vllm", "the draft model of a worker", vllm_internals.worker_tensors)
+def test_a_draft_models_parameters_are_counted_once() -> None:
+    """It is beside the model, and may share parameters with it."""
+    import torch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert callable(GPUModelRunner.get_draft_model)
+    model, draft = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    draft.weight = model.weight
+    for found, expected in ((draft, 3), (None, 2)):
+        runner = SimpleNamespace(model=model, get_draft_model=lambda found=found: found)
+        parameters, caches = vllm_internals.worker_tensors(SimpleNamespace(model_runner=runner))
+        assert (len(parameters), caches) == (expected, [])
+    alone = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+    assert len(vllm_internals.worker_tensors(alone)[0]) == 2
 
 
 @contract("vllm", "the names of a worker's attributes", WorkerExtension)

@@ -23,6 +23,17 @@ def test_the_ranks_of_vllm_share_the_cpus() -> None:
         assert replica_environment(config, Demand(cpus=cpus), {})["OMP_NUM_THREADS"] == threads
 
 
+def test_vllm_chooses_its_threads_on_gpus_of_one_node() -> None:
+    """It takes a variable for the user's own choice. pt and ranks on several nodes have no such choice."""
+    for fields, is_set in (
+        ({"infer_backend": "vllm"}, False),
+        ({"infer_backend": "pt"}, True),
+        ({"infer_backend": "vllm", "device": "cpu"}, True),
+    ):
+        variables = replica_environment(model_config(**fields), Demand(cpus=1), {})
+        assert ("OMP_NUM_THREADS" in variables) is is_set
+
+
 def test_memory_by_index_shows_exactly_those_gpus() -> None:
     """With `num_gpus=0` Ray leaves CUDA_VISIBLE_DEVICES alone, so it is set here, in NVML's order."""
     demand = Demand(cpus=1, vram_gib={3: 1.0, 1: 2.0})

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from serve_app.errors import ConfigError
-from serve_app.facts.inventory import as_empty, is_accelerator_type, parse_gpus, read_inventory
+from serve_app.facts.gpus import Gpu
+from serve_app.facts.inventory import (
+    as_empty,
+    devices_of,
+    is_accelerator_type,
+    local_inventory,
+    node_view,
+    parse_gpus,
+    read_inventory,
+)
 
 GIB = 2**30
 
@@ -98,3 +107,47 @@ def test_a_wrong_file_says_where(tmp_path: Path, text: str, words: str) -> None:
 def test_rays_name_of_a_card(card: str, kind: str, expected: bool) -> None:
     """As NVML or a person writes it."""
     assert is_accelerator_type(card, kind) is expected
+
+
+CARDS = tuple(Gpu(index, f"GPU-{index}", f"card {index}", 8 * GIB, 8 * GIB) for index in range(4))
+
+
+@pytest.mark.parametrize(
+    ("shown", "count", "planned"),
+    [
+        (None, 4, [0, 1, 2, 3]),
+        (None, 2, [0, 1]),
+        ("2,3", 2, [2, 3]),
+        ("3,1", 1, [3]),
+        ("GPU-2", 1, [2]),
+        ("", 4, [0, 1, 2, 3]),
+        ("2,3", 0, []),
+        ("MIG-x", 1, []),
+    ],
+)
+def test_the_gpus_of_a_node_are_those_that_its_ray_counts(
+    shown: str | None, count: int, planned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray numbers those that CUDA_VISIBLE_DEVICES shows to it, of which it may count fewer. It empties the variable for
+    tasks without GPUs if it is told to."""
+    monkeypatch.setattr("serve_app.facts.gpus.local_gpus", lambda: list(CARDS))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    seen = node_view("n1")
+    devices = devices_of("n1", {"GPU": float(count)}, seen)
+    assert [device.index for device in devices] == [*planned, None]
+    assert bool(seen.problem) is (shown == "MIG-x")
+    by_index = devices_of("n1", {"vram_mib_0": 8192.0, "vram_mib_1": 8192.0}, seen)
+    assert [(device.index, device.name) for device in by_index[:-1]] == [(0, "card 0"), (1, "card 1")]
+
+
+def test_a_plan_for_this_machine_takes_the_gpus_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray that starts here counts no others."""
+    monkeypatch.setattr("serve_app.facts.gpus.local_gpus", lambda: list(CARDS))
+    for shown, planned in (("3,1", [1, 3]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert [gpu.index for gpu in local_inventory().gpus] == planned
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-x")
+    with pytest.raises(ConfigError, match="MIG"):
+        local_inventory()

@@ -48,7 +48,8 @@ def cards(*sizes: float) -> Inventory:
 
 
 def test_vllms_buffers_are_a_term_of_each_rank() -> None:
-    """They are exact where vLLM has told of them, and all that they take is missing from the KV cache."""
+    """They are exact where vLLM has told of them, and all that they take is missing from the KV cache, with a second
+    set of CUDA graphs."""
     for tp in (1, 2):
         plan = make_plan([asked(tensor_parallel_size=tp)], cards(*[40] * tp)).models[0]
         without = make_plan([shaped("qwen2-7b", infer_backend="vllm", tensor_parallel_size=tp)], cards(*[40] * tp))
@@ -56,7 +57,8 @@ def test_vllms_buffers_are_a_term_of_each_rank() -> None:
         for rank, plain in zip(plan.ranks, without.models[0].ranks, strict=True):
             assert (rank.adapters.bytes, rank.adapters.certainty) == (size, "exact")
             assert rank.weights == plain.weights
-            assert plain.kv_cache.bytes - rank.kv_cache.bytes == size
+            assert rank.graph.bytes == 2 * plain.graph.bytes  # vLLM captures them without and with adapters.
+            assert plain.kv_cache.bytes - rank.kv_cache.bytes == size + plain.graph.bytes
             assert rank.share.bytes == plain.share.bytes
         # Each rank keeps five whole adapters: as many as a batch may have, and none is named.
         assert plan.host_adapters.bytes == tp * 4 * 16 * (28 * LAYER + WHOLE)

@@ -11,7 +11,7 @@ from serve_app.planning.cards import LEAST_IN_VLLM
 from serve_app.planning.fixes import with_fixes
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resolve import kv_blocks
+from serve_app.planning.vllm_blocks import kv_blocks
 from tests.planning.model_requests import request
 
 

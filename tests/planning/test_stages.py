@@ -21,7 +21,8 @@ from serve_app.planning.kv_groups import bytes_per_block, cache_groups, kv_bytes
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan, Plan
 from serve_app.planning.planner import STAGED_PLACEMENTS, make_plan
-from serve_app.planning.resolve import kv_blocks, pinned, resolve, vllm_memory
+from serve_app.planning.resolve import pinned, resolve, vllm_memory
+from serve_app.planning.vllm_blocks import kv_blocks
 from tests.planning.model_requests import request
 
 GIB = 2**30

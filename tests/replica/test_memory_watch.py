@@ -22,7 +22,7 @@ from serve_app.planning.memory import Figure
 from serve_app.planning.model_request import ModelRequest
 from serve_app.planning.plan import ModelPlan
 from serve_app.planning.planner import make_plan
-from serve_app.planning.resolve import kv_blocks
+from serve_app.planning.vllm_blocks import kv_blocks
 from serve_app.replica import memory_watch
 from serve_app.replica.calibration_writer import write_calibrations
 from serve_app.replica.deployment import left_by_others

@@ -251,7 +251,7 @@ class Runner:
 
         try:
             problems = unplaced(models, ray_nodes(), as_empty(ray_inventory()))
-        except RayError as error:
+        except (RayError, ConfigError) as error:
             why = " ".join(str(error).split())[:MOST_REASON]
             self.view.event(f"a node did not report its GPUs, so whether the models have a place is not checked: {why}")
             return

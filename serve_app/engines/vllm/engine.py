@@ -40,6 +40,7 @@ from serve_app.engines.vllm.parking import VllmParking, can_park
 from serve_app.engines.vllm.response_tools import ToolAbilities
 from serve_app.engines.vllm.responses_errors import with_responses_errors
 from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
+from serve_app.facts.cuda_tools import can_run_flashinfer
 from serve_app.planning.adapters import kept_count
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
@@ -66,6 +67,10 @@ BOUNDED_FORMATS = {"backend": "guidance", "disable_additional_properties": True}
 STRICT_CALLS = "VLLM_ENFORCE_STRICT_TOOL_CALLING"
 # These backends, of which the first one is vLLM's choice of another one, read structural tags.
 READS_TAGS = frozenset({"auto", "xgrammar"})
+
+# vLLM samples by FlashInfer on cards from compute capability 8.0 and does not look whether its kernels can be compiled.
+# Where they cannot, the warm-up of a start fails. Without it, vLLM samples by kernels of Triton.
+FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 # These variables have the settings of torch's allocators. torch reads the first one that is set.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -339,6 +344,8 @@ def environment(config: ModelConfig) -> dict[str, str]:
     }
     if config.swaps is not None and config.device == "cuda" and not any(name in os.environ for name in ALLOCATOR):
         settings[ALLOCATOR[0]] = f"pinned_max_cached_size_mb:{MOST_CACHED_MB}"
+    if config.device == "cuda" and not can_run_flashinfer():
+        settings[FLASHINFER_SAMPLER] = "0"
     if not _reads_tags(config):
         settings[STRICT_CALLS] = "0"
     if config.pipeline_layers is not None:

@@ -545,13 +545,18 @@ def worker_device(worker: Any) -> Any:
 
 
 def worker_tensors(worker: Any) -> tuple[list[Any], list[Any]]:
-    """Returns the parameters of a worker's model, and the tensors of its KV cache. A pooling model may have none.
+    """Returns the parameters of a worker's model and of its draft model, each once, and the tensors of its KV cache. A
+    pooling model may have none.
 
-    Uses the worker's `model_runner`, and of that `model` and `kv_caches`; seen in vLLM 0.32.
+    Uses the worker's `model_runner`, and of that `model`, `kv_caches` and `get_draft_model`, which some runners lack;
+    seen in vLLM 0.32.
     """
     runner = worker.model_runner
     caches = getattr(runner, "kv_caches", ())
-    return list(runner.model.parameters()), [item for item in caches if hasattr(item, "untyped_storage")]
+    draft = getattr(runner, "get_draft_model", lambda: None)()
+    models = [runner.model] if draft is None else [runner.model, draft]
+    parameters = {id(each): each for model in models for each in model.parameters()}  # A draft model may share some.
+    return list(parameters.values()), [item for item in caches if hasattr(item, "untyped_storage")]
 
 
 def prepare_stage(worker: Any) -> None:

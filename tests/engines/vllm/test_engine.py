@@ -57,6 +57,19 @@ def test_a_rank_that_computes_alone_saves_a_process_on_the_cpu() -> None:
     assert two["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+def test_vllm_samples_without_kernels_that_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs only, and the user's own value wins."""
+    on_gpu, on_cpu = (model_config(infer_backend="vllm", device=device) for device in ("cuda", "cpu"))
+    monkeypatch.setattr("serve_app.engines.vllm.engine.can_run_flashinfer", lambda: False)
+    assert environment(on_gpu)["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert "VLLM_USE_FLASHINFER_SAMPLER" not in environment(on_cpu)
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert "VLLM_USE_FLASHINFER_SAMPLER" not in environment(on_gpu)
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
+    monkeypatch.setattr("serve_app.engines.vllm.engine.can_run_flashinfer", lambda: True)
+    assert "VLLM_USE_FLASHINFER_SAMPLER" not in environment(on_gpu)
+
+
 def test_speculation_has_vllms_own_argument() -> None:
     """With both bounds of the match, because vLLM takes one for the other where it is missing."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3}
