@@ -109,8 +109,8 @@ def load_weights(
     model = _read_weights(config, auto, options)
     device_map = loaded_device_map(model)
     _require_opened(config, device_map, {})
+    use_grouped_attention()
     if config.device == "cpu":
-        use_grouped_attention()
         pack_linears(model, copy_tied=config.max_memory is None)
         if not _can_run(model, runs):  # Its code reads a linear layer's weight without calling the layer.
             del model  # It is freed before the second one is loaded.
