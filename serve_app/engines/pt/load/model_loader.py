@@ -151,9 +151,8 @@ def _placement(
     one of bitsandbytes, whose sizes the plan knows. So is a model that is quantised while it loads and whose
     `device_map` names a way to spread it.
     """
-    free = gpu_memory(config)
-    if config.max_memory:
-        _cap_allocators(device_limits(config, free))
+    free = gpu_memory(config, planned)
+    _cap_allocators(allocator_limits(config, planned, free))
     stored = stored_method(hf_config)
     if stored in (None, "bitsandbytes") or isinstance(config.device_map, dict):
         try:
@@ -187,6 +186,21 @@ def _planned_map(
     return device_map_of(planned, _without_weights(config, hf_config, task))
 
 
+def allocator_limits(
+    config: ModelConfig, planned: ModelPlan | None, free_bytes: Mapping[int, int]
+) -> dict[DeviceName, int]:
+    """Returns the bytes of each GPU beyond which torch's allocator may not go, the CUDA context included, by the GPU's
+    number here. A GPU that the replica has for itself has no limit.
+
+    In a pool, a replica takes what it has leased, which is its plan. Elsewhere `max_memory` is the limit.
+    """
+    if planned is not None and config.swaps is not None and config.device != "cpu":
+        return {rank.device.index: rank.share.bytes for rank in planned.ranks if rank.device.index is not None}
+    if not config.max_memory:
+        return {}
+    return device_limits(config, free_bytes)
+
+
 def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:
     """Lets torch's allocator take no more than each limit, less the planned CUDA context, which it does not count."""
     for index, limit in limits.items():
@@ -210,7 +224,7 @@ def _without_weights(config: ModelConfig, hf_config: Any, task: Task) -> PreTrai
     return model
 
 
-def gpu_memory(config: ModelConfig) -> dict[int, int]:
+def gpu_memory(config: ModelConfig, planned: ModelPlan | None = None) -> dict[int, int]:
     """Returns the bytes that this process may take of each GPU that it sees, by the GPU's number here. It is empty on
     the CPU.
 
