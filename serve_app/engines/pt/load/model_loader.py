@@ -5,7 +5,7 @@ Its law is that nothing goes to the CPU or to disk unless the user named that ti
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -196,6 +196,9 @@ def allocator_limits(
     """
     if planned is not None and config.swaps is not None and config.device != "cpu":
         return {rank.device.index: rank.share.bytes for rank in planned.ranks if rank.device.index is not None}
+    if planned is not None and set(free_bytes) <= {rank.device.index for rank in planned.ranks}:
+        limits = {rank.device.index: planned.limit_of(rank) for rank in planned.ranks}
+        return {index: limit for index, limit in limits.items() if index is not None and limit is not None}
     if not config.max_memory:
         return {}
     return device_limits(config, free_bytes)
@@ -225,8 +228,11 @@ def _without_weights(config: ModelConfig, hf_config: Any, task: Task) -> PreTrai
 
 
 def gpu_memory(config: ModelConfig, planned: ModelPlan | None = None) -> dict[int, int]:
-    """Returns the bytes that this process may take of each GPU that it sees, by the GPU's number here. It is empty on
-    the CPU.
+    """Returns the bytes that this process may take of each GPU on which the model may lie, by the GPU's number here. It
+    is empty on the CPU.
+
+    These are the GPUs of the plan, if there is one and it decides, and otherwise all that the process sees. To ask for
+    a GPU's memory makes a CUDA context on it, which takes some 500 MiB there for as long as the process lives.
 
     It is what is free now, and with a share of a GPU (`num_gpus` below 1) at most that share of the whole. torch's
     allocator enforces the share and raises out-of-memory beyond it.
@@ -237,12 +243,20 @@ def gpu_memory(config: ModelConfig, planned: ModelPlan | None = None) -> dict[in
         raise EngineError("device: cuda, but torch sees no GPU in this replica. Set device: cpu to run on the CPU.")
     share = min(1.0, config.num_gpus or 1.0)
     memory = {}
-    for index in range(torch.cuda.device_count()):
+    for index in _candidates(config, planned):
         free, total = torch.cuda.mem_get_info(index)
         if share < 1:
             _cap_allocators({index: int(total * share)})
         memory[index] = min(free, int(total * share))
     return memory
+
+
+def _candidates(config: ModelConfig, planned: ModelPlan | None) -> Sequence[int]:
+    """Returns the numbers of the GPUs on which the model may lie."""
+    is_spread_by_name = isinstance(config.device_map, str) and config.device_map != "auto"
+    if planned is None or (is_spread_by_name and config.swaps is None):
+        return range(torch.cuda.device_count())
+    return sorted({rank.device.index for rank in planned.ranks if rank.device.index is not None})
 
 
 def choose_device_map(

@@ -88,3 +88,32 @@ def test_a_gpu_of_ones_own_has_no_limit(gpus: Gpus) -> None:
     assert allocator_limits(model_config(residency=POOL), None, {0: GIB}) == {}
     on_cpu = model_config(residency=POOL | {"pool_memory": {"cpu": "8GiB"}}, device="cpu")
     assert allocator_limits(on_cpu, planned_on(8), {}) == {}
+
+
+@pytest.mark.parametrize("fields", [{}, {"device_map": "auto"}, {"residency": POOL}, {"device_map": {"": 2}}])
+def test_no_context_is_made_on_gpus_of_others(gpus: Gpus, fields: dict[str, Any]) -> None:
+    """To ask for a GPU's memory makes one, so only those of the plan are asked. That a draft model has a device is no
+    other case."""
+    model_loader.gpu_memory(model_config(**fields), planned_on(8, 10))
+    assert set(gpus.asked) == {2, 3}
+
+
+@pytest.mark.parametrize("fields", [{}, {"device_map": "balanced"}])
+def test_all_gpus_are_asked_where_the_plan_does_not_decide(gpus: Gpus, fields: dict[str, Any]) -> None:
+    """Without a plan, and for a way to spread the model that the user has named."""
+    planned = planned_on(8, 10) if fields else None
+    assert set(model_loader.gpu_memory(model_config(**fields), planned)) == {0, 1, 2, 3}
+
+
+def test_a_named_way_to_spread_keeps_to_the_lease(gpus: Gpus) -> None:
+    """The other GPUs of the pool are those of others."""
+    config = model_config(device_map="balanced", residency=POOL)
+    assert set(model_loader.gpu_memory(config, planned_on(8, 10))) == {2, 3}
+
+
+def test_a_limit_goes_with_the_gpu_of_the_plan(gpus: Gpus) -> None:
+    """The plan may leave a GPU that `max_memory` names unused, and the other one keeps its own limit."""
+    config = model_config(max_memory={0: "6GiB", 1: "7GiB"})
+    planned = replace(planned_on(5, 5), config=config)
+    second = replace(planned, ranks=planned.ranks[1:])
+    assert allocator_limits(config, second, model_loader.gpu_memory(config, second)) == {3: 7 * GIB}
