@@ -161,20 +161,37 @@ def _placement(
                 return {"device_map": device_map}, planned.kv_tokens
             is_quantised = config.quantization is not None or stored is not None
             if is_quantised and not isinstance(config.device_map, dict):
-                return _own_placement(config, free), None
+                return _own_placement(config, free, planned), None
             return {"device_map": dict(choose_device_map(config, hf_config, free, task))}, None
         except (EngineError, ConfigError):
             raise
         except Exception as error:
             raise EngineError(f"device_map: {config.model} cannot be planned: {_one_line(error)}") from error
-    return _own_placement(config, free), None
+    return _own_placement(config, free, planned), None
 
 
-def _own_placement(config: ModelConfig, free: Mapping[int, int]) -> dict[str, Any]:
-    """Returns the options with which transformers places a quantised model itself."""
+def _own_placement(config: ModelConfig, free: Mapping[int, int], planned: ModelPlan | None) -> dict[str, Any]:
+    """Returns the options with which transformers places a quantised model itself: on the GPUs of the plan, if there is
+    one."""
     if config.device == "cpu":
         return {"device_map": {"": "cpu"}}
-    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}
+    limits = device_limits(config, free) if planned is None else _weight_limits(config, free, planned)
+    return {"device_map": config.device_map or "auto", "max_memory": limits}
+
+
+def _weight_limits(config: ModelConfig, free: Mapping[int, int], planned: ModelPlan) -> dict[DeviceName, int]:
+    """Returns the bytes that weights may take of each GPU of the plan, and of the slower tiers that the user has named.
+
+    The room for the KV cache is theirs too, because transformers knows the sizes of quantised modules better than the
+    plan, and the cache gets what they leave.
+    """
+    limits: dict[DeviceName, int] = {}
+    for rank in planned.ranks:
+        if (index := rank.device.index) is not None:
+            room = rank.share.bytes - rank.context.bytes - rank.activation.bytes
+            limits[index] = min(room, free[index])
+    memory = config.max_memory or {}
+    return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
 
 
 def _planned_map(

@@ -117,3 +117,20 @@ def test_a_limit_goes_with_the_gpu_of_the_plan(gpus: Gpus) -> None:
     planned = replace(planned_on(5, 5), config=config)
     second = replace(planned, ranks=planned.ranks[1:])
     assert allocator_limits(config, second, model_loader.gpu_memory(config, second)) == {3: 7 * GIB}
+
+
+@pytest.mark.parametrize("fields", [{}, {"residency": POOL}, {"max_memory": {0: "8GiB", 1: "10GiB", "cpu": "4GiB"}}])
+def test_transformers_places_a_quantised_checkpoint_on_the_gpus_of_the_plan(gpus: Gpus, fields: dict[str, Any]) -> None:
+    """With the room for weights and cache there. Tiers are those that the user has named."""
+    planned = replace(planned_on(8, 10), config=model_config(**fields))
+    options = placed(planned, **fields)
+    assert options["device_map"] == "auto"
+    tiers = {"cpu": 4 * GIB} if "max_memory" in fields else {}
+    assert options["max_memory"] == {2: 7 * GIB - CONTEXT, 3: 9 * GIB - CONTEXT} | tiers
+    gpus.free = 2 * GIB
+    assert set(placed(planned, **fields)["max_memory"].values()) - {4 * GIB} == {2 * GIB}
+
+
+def test_without_a_plan_a_quantised_checkpoint_may_take_most_of_each_gpu(gpus: Gpus) -> None:
+    """A share of what is free, as before."""
+    assert placed(None)["max_memory"] == dict.fromkeys(range(4), 16 * GIB)
