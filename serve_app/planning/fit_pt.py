@@ -302,12 +302,23 @@ def _pt_overhead(
     tokens, masked = (request.max_model_len, 0) if alone else _columns(request, rows, device.is_gpu)
     drafted = _drafted_tokens(request, rows)
     peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted, masked)
-    activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
+    activation = peaks["layer"] + _logits(peaks, rank, ranks)
     activation = _with_whole_weight(request, blocks, activation)
     if draft is not None and draft.seat == rank:
         own = _draft_activation(request, draft, rows, device.is_gpu)
         activation = own if own.bytes > activation.bytes else activation
     return _as_measured(measured, activation, context)
+
+
+def _logits(peaks: Mapping[str, Figure], rank: int, ranks: int) -> Figure:
+    """Returns the peak of logits on the `rank`-th of `ranks` devices.
+
+    They are made on the last one, with the head. accelerate then takes the model's output to the device of its input,
+    which is that of the embedding, and the sampler works there.
+    """
+    if rank == 0:
+        return peaks["head"]
+    return peaks["logits"] if rank == ranks - 1 else ZERO
 
 
 def _columns(request: ModelRequest, rows: int, on_gpu: bool) -> tuple[int, int]:

@@ -199,6 +199,12 @@ def pt_head(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
     return found
 
 
+def pt_logits(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
+    """Returns the logits of a step of pt on the device of the head, from which they go to that of the sampler."""
+    tokens = (("max_num_seqs and drafted tokens", rows + drafted), ("vocabulary", vocabulary))
+    return [Term("logits before they go to the sampler", (*tokens, ("bytes of a float32", 4)))]
+
+
 def kept_weights(size: int) -> Term:
     """Returns the parameters that stay in their own type."""
     return Term("embeddings, head, norms and biases in their own type", (("bytes", size),))

@@ -116,3 +116,16 @@ def test_a_gpu_repeats_a_bounded_number_of_columns(tokens: int, rows: int, colum
     on_cpu = terms(device="cpu")
     assert on_cpu["keys and values repeated to all heads, and the mask"]["columns"] == min(tokens, 4096)
     assert "mask of a chunk over the longest text" not in on_cpu
+
+
+def test_the_sampler_works_where_the_embedding_is() -> None:
+    """accelerate takes the logits from the head's GPU to that of the input."""
+    speculative = {"method": "ngram"}
+    limits = {0: "6GiB", 1: "16GiB"}
+    asked = request(infer_backend="pt", max_memory=limits, max_model_len=4096, speculative=speculative)
+    (model,) = make_plan([asked], parse_gpus("8GiB,24GiB")).models
+    first, last = ({term.name for term in rank.activation.terms} for rank in model.ranks)
+    assert {"logits and two copies", "logits of drafted tokens"} <= first
+    assert "logits before they go to the sampler" in last
+    assert not last & {"logits and two copies", "logits of drafted tokens"}
+    assert "logits before they go to the sampler" not in first
