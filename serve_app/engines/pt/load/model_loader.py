@@ -215,10 +215,22 @@ def allocator_limits(
         return {rank.device.index: rank.share.bytes for rank in planned.ranks if rank.device.index is not None}
     if planned is not None and set(free_bytes) <= {rank.device.index for rank in planned.ranks}:
         limits = {rank.device.index: planned.limit_of(rank) for rank in planned.ranks}
-        return {index: limit for index, limit in limits.items() if index is not None and limit is not None}
+        return {
+            index: min(limit, free_bytes[index] + _held(index))
+            for index, limit in limits.items()
+            if index is not None and limit is not None
+        }
     if not config.max_memory:
         return {}
-    return device_limits(config, free_bytes)
+    # What is free now is without the context and what this process holds, which a limit includes.
+    with_own = {index: free + _held(index) for index, free in free_bytes.items()}
+    return device_limits(config, with_own)
+
+
+def _held(index: int) -> int:
+    """Returns the bytes that this process holds of a GPU already, the planned CUDA context included."""
+    reserved: int = torch.cuda.memory_reserved(index)
+    return context("cuda").bytes + reserved
 
 
 def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:

@@ -134,3 +134,17 @@ def test_transformers_places_a_quantised_checkpoint_on_the_gpus_of_the_plan(gpus
 def test_without_a_plan_a_quantised_checkpoint_may_take_most_of_each_gpu(gpus: Gpus) -> None:
     """A share of what is free, as before."""
     assert placed(None)["max_memory"] == dict.fromkeys(range(4), 16 * GIB)
+
+
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_the_context_is_taken_off_once(gpus: Gpus, has_plan: bool) -> None:
+    """What is free is without it, because to ask makes the context. Nor does it have the model for which a draft model
+    is loaded afterwards."""
+    fields: dict[str, Any] = {"max_memory": {0: "6GiB", 1: "7GiB"}}
+    planned = replace(planned_on(5, 5), config=model_config(**fields)) if has_plan else None
+    first, second = (2, 3) if has_plan else (0, 1)
+    placed(planned, **fields)
+    assert gpus.caps == {first: 6 * GIB - CONTEXT, second: 7 * GIB - CONTEXT}
+    gpus.free = 4 * GIB
+    placed(planned, **fields)
+    assert gpus.caps == dict.fromkeys((first, second), 4 * GIB)
