@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.config import ModelConfig
 from serve_app.deploy.serve_env import serve_environment
+from serve_app.facts.torch_allocator import ALLOCATOR, names_allocator
 from serve_app.planning.resource_demand import BUNDLES, Demand
 from serve_app.ray_serve import HEAD_NODE, MIDDLEWARES_VARIABLE
 
@@ -90,6 +91,9 @@ def _max_ongoing_requests(config: ModelConfig) -> int:
 # step, and oneDNN's default of 1024 shapes took 170 MB with the demo model, which no plan knows of. Fewer cost no time
 # that could be measured.
 KEPT_PRIMITIVES = 128
+# pt's KV cache grows in buffers, each of which is larger than all before. In fixed segments, torch's allocator would
+# keep the old ones, which no later one fits into. Segments that grow give their pages to the next buffer.
+GROWING_SEGMENTS = "expandable_segments:True"
 
 
 def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, str]) -> dict[str, str]:
@@ -108,6 +112,8 @@ def replica_environment(config: ModelConfig, demand: Demand, own: Mapping[str, s
             variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(KEPT_PRIMITIVES)
         variables["CUDA_VISIBLE_DEVICES"] = ""
         return variables
+    if config.infer_backend == "pt" and not names_allocator(own):
+        variables[ALLOCATOR[0]] = GROWING_SEGMENTS
     # Ray and NVML number GPUs by PCI address, but CUDA's default begins with the fastest.
     variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if demand.vram_gib:  # Ray assigns no GPU by itself here.

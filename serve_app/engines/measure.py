@@ -17,9 +17,10 @@ def rank_memory(
     libraries: int,
     most_kv_cache: int | None = None,
     adapters: int = 0,
+    tensor_peak: int | None = None,
 ) -> RankMemory:
     """Returns what this process holds. `libraries` is what it held before the model was loaded, for the CPU. Without
-    `most_kv_cache`, the cache always has the same size."""
+    `most_kv_cache`, the cache always has the same size. `tensor_peak` is as in `RankMemory`."""
     most = kv_cache if most_kv_cache is None else max(kv_cache, most_kv_cache)
     if device.type != "cuda":
         held = max(0, resident_bytes() - libraries)
@@ -27,11 +28,24 @@ def rank_memory(
     uuid = gpu_uuid(device)
     held_here = gpu_bytes(os.getpid()).get(uuid)
     if held_here is None:
-        return RankMemory(uuid, os.getpid(), weights, kv_cache, most, None, None, None, adapters=adapters)
+        return RankMemory(
+            uuid, os.getpid(), weights, kv_cache, most, None, None, None, adapters=adapters, tensor_peak=tensor_peak
+        )
     reserved = torch.cuda.memory_reserved(device)
     peak = held_here + torch.cuda.max_memory_reserved(device) - reserved
     context = max(0, held_here - reserved)
-    return RankMemory(uuid, os.getpid(), weights, kv_cache, most, held_here, peak, context, adapters=adapters)
+    return RankMemory(
+        uuid, os.getpid(), weights, kv_cache, most, held_here, peak, context, adapters=adapters, tensor_peak=tensor_peak
+    )
+
+
+def tensor_peak(device: torch.device, is_parked: bool = False) -> int | None:
+    """Returns the most that tensors of this process took of a GPU, or None on the CPU. Memory that torch keeps of freed
+    tensors does not count. A parked engine has had the peak with weights that are gone, so it tells none, which is
+    0."""
+    if device.type != "cuda":
+        return None
+    return 0 if is_parked else torch.cuda.max_memory_allocated(device)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:

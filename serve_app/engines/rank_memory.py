@@ -14,9 +14,10 @@ class RankMemory:
     so far. `held` is all that the process holds. On a GPU it comes from NVML, and is None if the driver does not report
     it. On the CPU it is resident memory beyond that of the loaded libraries. `peak` is the most that `held` was, as far
     as torch's allocator knows. `context` is held outside that allocator. `adapters` are the buffers for LoRA adapters,
-    and on the CPU the copies of adapters too. `node` is the address of the rank's node, or empty if it is the
-    replica's. A rank on another node also says how large its device is (`device_total`) and what all processes hold of
-    it (`device_used`), which the replica cannot see.
+    and on the CPU the copies of adapters too. `tensor_peak` is the most that tensors took of a GPU, or None if that is
+    not known or says too little, as of vLLM, whose graphs keep memory beside them. `node` is the address of the rank's
+    node, or empty if it is the replica's. A rank on another node also says how large its device is (`device_total`) and
+    what all processes hold of it (`device_used`), which the replica cannot see.
     """
 
     device: str
@@ -31,6 +32,7 @@ class RankMemory:
     adapters: int = 0
     device_total: int | None = None
     device_used: int | None = None
+    tensor_peak: int | None = None
 
     @property
     def activations(self) -> int | None:
@@ -43,7 +45,10 @@ class RankMemory:
     def rest(self) -> int | None:
         """Returns what was held at least, at some moment, beyond weights, cache, adapters and context: activations,
         graphs, and what the allocator keeps. The peak and the cache's own may be of different moments, so it may have
-        been more."""
+        been more. Where the peak of tensors is known, what the allocator keeps does not count, because that may be any
+        number of old buffers of the cache."""
+        if self.tensor_peak is not None:
+            return max(0, self.tensor_peak - self.weights - self.most_kv_cache - self.adapters)
         if self.peak is None or self.context is None:
             return None
         return max(0, self.peak - self.weights - self.most_kv_cache - self.adapters - self.context)

@@ -31,6 +31,11 @@ from serve_app.planning.terms import (
 )
 
 PT_CHUNK_TOKENS = 512
+# The prompts of one group may take this many steps, padding included.
+PT_GROUP_STEPS = 4
+# Keys and values are repeated to all heads for so many columns of all rows at most. On GPUs, longer prompts and steps
+# without prompts are computed without copies (`engines/pt/load/attention.py`).
+MOST_REPEATED = 4096
 # On the CPU, pt gets no more than this share of the memory that is available, since other replicas share it, and no
 # more than these bytes. The engine takes its default from here.
 PT_CPU_KV_SHARE, PT_CPU_KV_BYTES = 0.25, 4 * GIB
@@ -294,15 +299,36 @@ def _pt_overhead(
     alone = request.pt_facts is not None and bool(request.pt_facts.alone)
     # A model that runs alone computes the whole text in one pass.
     chunk = request.max_model_len if alone else PT_CHUNK_TOKENS
-    tokens = request.max_model_len if alone else min(request.max_model_len, 4096)
+    tokens, masked = (request.max_model_len, 0) if alone else _columns(request, rows, device.is_gpu)
     drafted = _drafted_tokens(request, rows)
-    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted)
-    activation = peaks["layer"] + (peaks["head"] if rank == ranks - 1 else ZERO)
+    peaks = memory.pt_activation(request.architecture, request.element_bytes, rows, chunk, tokens, drafted, masked)
+    activation = peaks["layer"] + _logits(peaks, rank, ranks)
     activation = _with_whole_weight(request, blocks, activation)
     if draft is not None and draft.seat == rank:
-        own = _draft_activation(request, draft, rows)
+        own = _draft_activation(request, draft, rows, device.is_gpu)
         activation = own if own.bytes > activation.bytes else activation
     return _as_measured(measured, activation, context)
+
+
+def _logits(peaks: Mapping[str, Figure], rank: int, ranks: int) -> Figure:
+    """Returns the peak of logits on the `rank`-th of `ranks` devices.
+
+    They are made on the last one, with the head. accelerate then takes the model's output to the device of its input,
+    which is that of the embedding, and the sampler works there.
+    """
+    if rank == 0:
+        return peaks["head"]
+    return peaks["logits"] if rank == ranks - 1 else ZERO
+
+
+def _columns(request: ModelRequest, rows: int, on_gpu: bool) -> tuple[int, int]:
+    """Returns for how many columns keys and values are repeated at once, and the columns of a chunk's mask where it
+    counts by itself, or 0. The CPU repeats none, and keeps the figures of one row."""
+    longest = request.max_model_len
+    if not on_gpu:
+        return min(longest, MOST_REPEATED), 0
+    of_a_group = min(PT_GROUP_STEPS * PT_CHUNK_TOKENS, rows * longest)
+    return min(max(longest, of_a_group), MOST_REPEATED), longest if longest > MOST_REPEATED else 0
 
 
 def _as_measured(measured: Calibration | None, activation: Figure, context: Figure) -> tuple[Figure, Figure]:
@@ -311,11 +337,11 @@ def _as_measured(measured: Calibration | None, activation: Figure, context: Figu
     return activation, context
 
 
-def _draft_activation(request: ModelRequest, draft: _Draft, rows: int) -> Figure:
+def _draft_activation(request: ModelRequest, draft: _Draft, rows: int, on_gpu: bool) -> Figure:
     """Returns the peak of a step of the draft model, which is computed whole on one device."""
     own, drafted = draft.request, _drafted_tokens(request, rows)
-    tokens = min(request.max_model_len, 4096)
-    peaks = memory.pt_activation(own.architecture, own.element_bytes, rows, PT_CHUNK_TOKENS, tokens, drafted)
+    tokens, masked = _columns(request, rows, on_gpu)
+    peaks = memory.pt_activation(own.architecture, own.element_bytes, rows, PT_CHUNK_TOKENS, tokens, drafted, masked)
     return _with_whole_weight(own, draft.blocks, peaks["layer"] + peaks["head"])
 
 

@@ -334,13 +334,24 @@ def pt_pooled_activation(architecture: Architecture, element_bytes: int, tokens:
 
 
 def pt_activation(
-    architecture: Architecture, element_bytes: int, rows: int, chunk: int, tokens: int, drafted: int = 0
+    architecture: Architecture,
+    element_bytes: int,
+    rows: int,
+    chunk: int,
+    tokens: int,
+    drafted: int = 0,
+    masked: int = 0,
 ) -> Mapping[str, Figure]:
-    """Returns the peak of a step by its cause: `layer` on every device, and `head` where the logits are made.
+    """Returns the peak of a step by its cause: `layer` on every device, `head` where the sampler works, and `logits`
+    where the logits are made if that is another device.
 
-    `drafted` tokens of speculation are among those of the chunk, but have logits too.
+    `drafted` tokens of speculation are among those of the chunk, but have logits too. A chunk's mask over `masked`
+    columns counts by itself.
     """
     head_size = max(architecture.head_size, architecture.key_size)
     shape = (architecture.hidden_size, architecture.intermediate_size)
     layer = terms.pt_layer(*shape, architecture.heads, head_size, element_bytes, chunk + rows, tokens)
-    return {"layer": guessed(layer), "head": guessed(terms.pt_head(rows, architecture.vocabulary, drafted))}
+    if masked:
+        layer.append(terms.pt_mask(chunk, masked, element_bytes))
+    head, logits = (of(rows, architecture.vocabulary, drafted) for of in (terms.pt_head, terms.pt_logits))
+    return {"layer": guessed(layer), "head": guessed(head), "logits": guessed(logits)}

@@ -170,6 +170,13 @@ def pt_layer(
     ]
 
 
+def pt_mask(chunk: int, columns: int, element: int) -> Term:
+    """Returns the mask of a chunk of a long prompt. The model makes it of bytes, and attention makes numbers of these,
+    of which CUDA's kernel may need a copy that is aligned."""
+    size = (f"[1 + 2 × bytes of an element {element}]", 1 + 2 * element)
+    return Term("mask of a chunk over the longest text", (("tokens", chunk), ("columns", columns), size))
+
+
 def pt_pooled(hidden: int, intermediate: int, element: int, tokens: int, longest: int) -> list[Term]:
     """Returns what a step of pt has at once in one layer of a model that pools: `tokens` tokens, each of which sees at
     most `longest`."""
@@ -190,6 +197,12 @@ def pt_head(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
     if drafted:
         found.append(Term("logits of drafted tokens", (("drafted tokens", drafted), *size)))
     return found
+
+
+def pt_logits(rows: int, vocabulary: int, drafted: int = 0) -> list[Term]:
+    """Returns the logits of a step of pt on the device of the head, from which they go to that of the sampler."""
+    tokens = (("max_num_seqs and drafted tokens", rows + drafted), ("vocabulary", vocabulary))
+    return [Term("logits before they go to the sampler", (*tokens, ("bytes of a float32", 4)))]
 
 
 def kept_weights(size: int) -> Term:

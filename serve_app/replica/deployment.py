@@ -31,6 +31,7 @@ from serve_app.errors import ConfigError, ServeAppError
 from serve_app.facts.engine_facts import EngineFacts
 from serve_app.facts.gpus import Gpu, as_given, local_gpus, visible_gpus
 from serve_app.facts.process_memory import held_by_others, is_held
+from serve_app.facts.torch_allocator import without_allocator
 from serve_app.model_fields import ResidencyConfig
 from serve_app.planning.plan import ModelPlan
 from serve_app.replica.adapter_route import AdapterRoute
@@ -63,7 +64,7 @@ class Model:
         """Loads the model. `environment` is set before the engine's libraries are imported, which read it then. `facts`
         are what engines told the builder of the model, and None if it made no plan."""
         require_door()
-        os.environ.update(environment)
+        os.environ.update(without_allocator(environment, os.environ))
         if config.device != "cpu":
             os.environ.update(as_given(ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
         if config.leaves_threads_to_vllm:

@@ -2,6 +2,7 @@
 
 from serve_app.deploy.options import OUTER_DOOR, model_options, replica_environment, router_options
 from serve_app.engines.pt.engine import DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_QUEUED_REQUESTS
+from serve_app.facts.torch_allocator import without_allocator
 from serve_app.planning.resource_demand import Demand, demands_of
 from tests.builders import model_config
 
@@ -60,6 +61,18 @@ def test_only_pt_on_the_cpu_bounds_what_onednn_keeps() -> None:
     assert name not in replica_environment(CPU.model_copy(update={"infer_backend": "vllm"}), Demand(cpus=1), {})
     assert name not in replica_environment(model_config(), Demand(1, gpus=1), {})
     assert name not in replica_environment(CPU, Demand(cpus=1), {name: "1024"})
+
+
+def test_buffers_of_pt_on_a_gpu_grow_in_place_unless_the_user_has_set_the_allocator() -> None:
+    """Either name is the user's. vLLM's sleep mode has settings of its own, and the CPU has no such allocator."""
+    name, whole = "PYTORCH_ALLOC_CONF", Demand(1, gpus=1)
+    assert replica_environment(model_config(), whole, {})[name] == "expandable_segments:True"
+    for own in (name, "PYTORCH_CUDA_ALLOC_CONF"):
+        assert name not in replica_environment(model_config(), whole, {own: "max_split_size_mb:64"})
+        assert without_allocator({name: "a", "B": "1"}, {own: "b"}) == {"B": "1"}
+    assert without_allocator({name: "a"}, {"C": "1"}) == {name: "a"}
+    for config in (CPU, model_config(infer_backend="vllm")):
+        assert name not in replica_environment(config, Demand(cpus=1), {})
 
 
 def test_the_applications_runtime_env_is_kept() -> None:

@@ -4,9 +4,10 @@ import asyncio
 import os
 from dataclasses import replace
 
+import pytest
 import torch
 
-from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes
+from serve_app.engines.measure import free_pinned_cache, pinned_bytes, rank_memory, tensor_bytes, tensor_peak
 from serve_app.engines.pt.core.sequence import SamplingParams
 from serve_app.engines.pt.engine import PtEngine, weight_bytes
 from serve_app.engines.rank_memory import RankMemory
@@ -58,6 +59,23 @@ def test_the_rest_is_what_is_no_weight_cache_or_context() -> None:
     assert known.rest == 20
     assert replace(known, held=None, peak=None, context=None).rest is None
     assert replace(known, peak=50).rest == 0
+
+
+def test_what_the_allocator_keeps_is_no_activation_where_tensors_are_known() -> None:
+    """Old buffers of a cache that grew would raise every later plan. The figures that are shown stay as they are."""
+    seen = RankMemory(
+        "GPU-a", 1, weights=40, kv_cache=5, most_kv_cache=30, held=700, peak=1000, context=10, tensor_peak=85
+    )
+    assert (seen.rest, seen.peak, seen.activations) == (15, 1000, 645)
+    assert replace(seen, held=None, peak=None, context=None).rest == 15
+    assert replace(seen, tensor_peak=0).rest == 0
+
+
+def test_the_peak_of_tensors_is_one_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is parked tells none, because its weights are not there any more."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert tensor_peak(CPU) is None
+    assert (tensor_peak(torch.device("cuda", 0)), tensor_peak(torch.device("cuda", 0), True)) == (7, 0)
 
 
 async def test_pt_tells_its_weights_to_the_byte_and_its_cache_while_requests_run() -> None:

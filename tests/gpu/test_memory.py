@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from serve_app.engines.pt.load.attention import folded_sdpa
 from serve_app.facts.checkpoint import DEMO_MODEL, model_path
 from serve_app.facts.gpus import local_gpus
 
@@ -83,6 +84,25 @@ def _told(pipe: Any) -> Any:
     """What a child says next. Raises EOFError when it has ended."""
     assert pipe.poll(300), "the child is silent"
     return pipe.recv()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@torch.inference_mode()
+def test_a_step_of_all_rows_copies_no_keys(dtype: torch.dtype) -> None:
+    """32 rows of 2048 tokens of Qwen2-7B's heads, of different lengths: the result is that of repeated keys and values,
+    which would take seven times the bytes of both."""
+    buffers = torch.randn(2, 32, 4, 2176, 128, dtype=dtype, device="cuda")
+    key, value = buffers[:, :, :, 100:2148]
+    query = torch.randn(32, 28, 1, 128, dtype=dtype, device="cuda")
+    mask = torch.arange(2048, device="cuda")[None] >= torch.arange(32, device="cuda")[:, None] * 60
+    mask = mask[:, None, None]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = folded_sdpa(query, key, value, mask)
+    assert torch.cuda.max_memory_allocated() - before < key.nbytes + value.nbytes
+    repeated = key.repeat_interleave(7, 1), value.repeat_interleave(7, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["pt", "vllm"])

@@ -43,7 +43,7 @@ def test_qwen2_7b_on_3_and_10_gb_is_refused_with_a_limit_that_works() -> None:
     small = request(infer_backend="pt", max_memory={0: "3GB", 1: "10GB"}, max_model_len=4096)
     code, message, fix = problem([small], "8GiB,24GiB")
     assert code == "over_commit"
-    assert "3.77 GiB too much. max_memory allows 2.79 GiB of n1:0 and 9.31 GiB of n1:1, context and" in message
+    assert "3.79 GiB too much. max_memory allows 2.79 GiB of n1:0 and 9.31 GiB of n1:1, context and" in message
     assert fix == "max_memory: {0: 3GB, 1: 14.5GB}"
     larger = request(infer_backend="pt", max_memory={0: "3GB", 1: "14.5GB"}, max_model_len=4096)
     assert solved([larger], "8GiB,24GiB").fits

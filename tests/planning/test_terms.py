@@ -3,7 +3,7 @@
 import pytest
 
 from serve_app.facts.calibration import Calibration, setting_key
-from serve_app.facts.inventory import parse_gpus
+from serve_app.facts.inventory import Device, Inventory, parse_gpus
 from serve_app.planning.calibration_setting import calibration_setting
 from serve_app.planning.memory import Figure
 from serve_app.planning.model_request import ModelRequest
@@ -90,3 +90,42 @@ def test_a_measured_figure_says_so() -> None:
     assert [term.bytes for term in rank.activation.terms] == [3 * 2**30]
     assert "calibration.json" in rank.activation.terms[0].name
     assert rank.context.certainty == "calibrated"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "masked"),
+    [
+        (32768, 32, 4096, 32768),  # Nothing is repeated beyond 4096 columns, but the mask has them all.
+        (4096, 32, 4096, None),
+        (512, 32, 2048, None),  # A group of prompts takes four steps at most.
+        (512, 2, 1024, None),
+    ],
+)
+def test_a_gpu_repeats_a_bounded_number_of_columns(tokens: int, rows: int, columns: int, masked: int | None) -> None:
+    """A step without prompts repeats none, and a chunk those of its prompts. The CPU repeats none at all."""
+
+    def terms(**fields: object) -> dict[str, dict[str, int]]:
+        asked = request(infer_backend="pt", max_model_len=tokens, max_num_seqs=rows, **fields)
+        devices = (*parse_gpus("80GiB").devices, Device("n1", None, "memory", 64 * 2**30, 64 * 2**30))
+        (model,) = make_plan([asked], Inventory(devices)).models
+        return {term.name: dict(term.factors) for term in model.ranks[0].activation.terms}
+
+    found = terms()
+    assert found["keys and values repeated to all heads, and the mask"]["columns"] == columns
+    assert found.get("mask of a chunk over the longest text", {}).get("columns") == masked
+    on_cpu = terms(device="cpu")
+    assert on_cpu["keys and values repeated to all heads, and the mask"]["columns"] == min(tokens, 4096)
+    assert "mask of a chunk over the longest text" not in on_cpu
+
+
+def test_the_sampler_works_where_the_embedding_is() -> None:
+    """accelerate takes the logits from the head's GPU to that of the input."""
+    speculative = {"method": "ngram"}
+    limits = {0: "6GiB", 1: "16GiB"}
+    asked = request(infer_backend="pt", max_memory=limits, max_model_len=4096, speculative=speculative)
+    (model,) = make_plan([asked], parse_gpus("8GiB,24GiB")).models
+    first, last = ({term.name for term in rank.activation.terms} for rank in model.ranks)
+    assert {"logits and two copies", "logits of drafted tokens"} <= first
+    assert "logits before they go to the sampler" in last
+    assert not last & {"logits and two copies", "logits of drafted tokens"}
+    assert "logits before they go to the sampler" not in first

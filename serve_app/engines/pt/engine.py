@@ -19,7 +19,7 @@ from serve_app.engines.adapters import readable_adapters
 from serve_app.engines.draft_counts import DraftCounts
 from serve_app.engines.engine import Parking
 from serve_app.engines.lost_adapter import LostAdapter
-from serve_app.engines.measure import rank_memory
+from serve_app.engines.measure import rank_memory, tensor_peak
 from serve_app.engines.prompt_cache_counts import PromptCacheCounts
 from serve_app.engines.pt.api.openai_api import build_app
 from serve_app.engines.pt.core.cache_codec import CacheCodec
@@ -247,10 +247,14 @@ class PtEngine:
         kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.generator.is_parked
         return [
             rank_memory(
-                device, size, now.get(device, 0), self._libraries, most.get(device, 0), self._buffers.get(device, 0)
+                device,
+                0 if is_parked else size,
+                0 if is_parked else now.get(device, 0),
+                self._libraries,
+                most.get(device, 0),
+                0 if is_parked else self._buffers.get(device, 0),
+                tensor_peak(device, is_parked),
             )
-            if not is_parked
-            else rank_memory(device, 0, 0, self._libraries, most.get(device, 0))
             for device, size in self._weights.items()
             if device.type == kind
         ]

@@ -41,6 +41,7 @@ from serve_app.engines.vllm.response_tools import ToolAbilities
 from serve_app.engines.vllm.responses_errors import with_responses_errors
 from serve_app.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelUnavailable, nearest
 from serve_app.facts.cuda_tools import can_run_flashinfer
+from serve_app.facts.torch_allocator import ALLOCATOR, names_allocator
 from serve_app.planning.adapters import kept_count
 from serve_app.planning.fit_vllm import VLLM_CPU_KV_BYTES
 from serve_app.planning.plan import STAGES
@@ -72,8 +73,6 @@ READS_TAGS = frozenset({"auto", "xgrammar"})
 # Where they cannot, the warm-up of a start fails. Without it, vLLM samples by kernels of Triton.
 FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
-# These variables have the settings of torch's allocators. torch reads the first one that is set.
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # torch keeps pinned memory for later and rounds its size up to a power of two, unless it is larger than these MB. The
 # copy of an engine that sleeps would take up to twice the bytes of its weights, which its pool would not know. Buffers
 # of a step are smaller, and nearly all of torch's segments of weights are larger.
@@ -342,7 +341,7 @@ def environment(config: ModelConfig) -> dict[str, str]:
         "VLLM_MAX_NUM_BAD_WORDS": str(MOST_BAD_WORDS),
         "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(MOST_BAD_WORDS_TOKENS),
     }
-    if config.swaps is not None and config.device == "cuda" and not any(name in os.environ for name in ALLOCATOR):
+    if config.swaps is not None and config.device == "cuda" and not names_allocator(os.environ):
         settings[ALLOCATOR[0]] = f"pinned_max_cached_size_mb:{MOST_CACHED_MB}"
     if config.device == "cuda" and not can_run_flashinfer():
         settings[FLASHINFER_SAMPLER] = "0"

@@ -8,7 +8,7 @@ the window reaches the edge of its buffers, which is at most once in `SLACK` ste
 The layers are part of a stock `DynamicCache`, so every model and every device map that works with it works with this.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
 from typing import Any
@@ -296,6 +296,7 @@ class BatchCache:
         for layer in self._rectangles():
             layer.move(target)
         vars(self.window).update(vars(target))
+        give_back_unused(self.bytes_by_device)
 
     def _adopt(self, other: "BatchCache") -> None:
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
@@ -312,6 +313,13 @@ class BatchCache:
 
     def _rectangles(self) -> Iterator[RectangleLayer]:
         return (layer for layer in self.cache.layers if isinstance(layer, RectangleLayer))
+
+
+def give_back_unused(devices: Iterable[torch.device]) -> None:
+    """Gives the memory that torch keeps of freed buffers back to GPUs, where other processes may need it. The next
+    buffers are larger, so few of them would fit into it. It does nothing on the CPU."""
+    if any(device.type == "cuda" for device in devices):
+        torch.cuda.empty_cache()
 
 
 def _copy_rows(mine: RectangleLayer, theirs: RectangleLayer, rows: slice, columns: slice) -> None:

@@ -11,7 +11,7 @@ Laws:
   for prompts that pool, which nobody waits for token by token, only for one of `beside_tokens`;
 - prompts that are computed together are padded to one length, and padding stays below a third of the group; those that
   pool share no pass with those that generate;
-- a group is computed within GROUP_STEPS steps, or it is one prompt: a request of many long prompts holds up the next
+- a group is computed within PT_GROUP_STEPS steps, or it is one prompt: a request of many long prompts holds up the next
   owner's turn for one group and not for all of them;
 - one owner that has a row leaves every eighth place to others, whose first tokens do not wait for its last ones;
 - tokens that are drafted by speculation count against `chunk_tokens` too, together with the step's chunk of prompts;
@@ -32,11 +32,10 @@ from serve_app.engines.pt.core.fair_queue import FairQueue
 from serve_app.engines.pt.core.lora.adapter import Adapter
 from serve_app.engines.pt.core.lora.slots import AdapterSlots
 from serve_app.engines.pt.core.sequence import Sequence
+from serve_app.planning.fit_pt import PT_GROUP_STEPS
 
 # After this many steps without running out of memory, one more sequence is tried.
 STEPS_TO_GROW = 32
-# The prompts of one group may take this many steps.
-GROUP_STEPS = 4
 # One of so many rows is not for an owner that holds all the others.
 ROWS_PER_SPARE = 8
 
@@ -288,7 +287,7 @@ class Scheduler:
         return padded <= 1.5 * tokens and padded <= most
 
     def _group_tokens(self, candidate: Sequence) -> int:
-        return GROUP_STEPS * self._step_tokens(candidate)
+        return PT_GROUP_STEPS * self._step_tokens(candidate)
 
     def _step_tokens(self, sequence: Sequence) -> int:
         """Returns how many tokens of prompts like this one a step may compute."""

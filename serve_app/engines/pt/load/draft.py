@@ -34,7 +34,7 @@ def load_draft(config: ModelConfig, target: LoadedModel, planned: ModelPlan | No
     if config.device != "cpu":
         draft = draft.model_copy(update={"device_map": {"": _device(target, planned)}})
     try:
-        loaded = load_model(draft)
+        loaded = load_model(draft, planned)
     except (ConfigError, EngineError) as error:
         raise type(error)(f"speculative: the draft model cannot be used. {error}") from error
     _require_vocabulary(draft.model, loaded, target)

@@ -5,7 +5,7 @@ Its law is that nothing goes to the CPU or to disk unless the user named that ti
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -109,8 +109,8 @@ def load_weights(
     model = _read_weights(config, auto, options)
     device_map = loaded_device_map(model)
     _require_opened(config, device_map, {})
+    use_grouped_attention()
     if config.device == "cpu":
-        use_grouped_attention()
         pack_linears(model, copy_tied=config.max_memory is None)
         if not _can_run(model, runs):  # Its code reads a linear layer's weight without calling the layer.
             del model  # It is freed before the second one is loaded.
@@ -151,9 +151,8 @@ def _placement(
     one of bitsandbytes, whose sizes the plan knows. So is a model that is quantised while it loads and whose
     `device_map` names a way to spread it.
     """
-    free = gpu_memory(config)
-    if config.max_memory:
-        _cap_allocators(device_limits(config, free))
+    free = gpu_memory(config, planned)
+    _cap_allocators(allocator_limits(config, planned, free))
     stored = stored_method(hf_config)
     if stored in (None, "bitsandbytes") or isinstance(config.device_map, dict):
         try:
@@ -162,20 +161,37 @@ def _placement(
                 return {"device_map": device_map}, planned.kv_tokens
             is_quantised = config.quantization is not None or stored is not None
             if is_quantised and not isinstance(config.device_map, dict):
-                return _own_placement(config, free), None
+                return _own_placement(config, free, planned), None
             return {"device_map": dict(choose_device_map(config, hf_config, free, task))}, None
         except (EngineError, ConfigError):
             raise
         except Exception as error:
             raise EngineError(f"device_map: {config.model} cannot be planned: {_one_line(error)}") from error
-    return _own_placement(config, free), None
+    return _own_placement(config, free, planned), None
 
 
-def _own_placement(config: ModelConfig, free: Mapping[int, int]) -> dict[str, Any]:
-    """Returns the options with which transformers places a quantised model itself."""
+def _own_placement(config: ModelConfig, free: Mapping[int, int], planned: ModelPlan | None) -> dict[str, Any]:
+    """Returns the options with which transformers places a quantised model itself: on the GPUs of the plan, if there is
+    one."""
     if config.device == "cpu":
         return {"device_map": {"": "cpu"}}
-    return {"device_map": config.device_map or "auto", "max_memory": device_limits(config, free)}
+    limits = device_limits(config, free) if planned is None else _weight_limits(config, free, planned)
+    return {"device_map": config.device_map or "auto", "max_memory": limits}
+
+
+def _weight_limits(config: ModelConfig, free: Mapping[int, int], planned: ModelPlan) -> dict[DeviceName, int]:
+    """Returns the bytes that weights may take of each GPU of the plan, and of the slower tiers that the user has named.
+
+    The room for the KV cache is theirs too, because transformers knows the sizes of quantised modules better than the
+    plan, and the cache gets what they leave.
+    """
+    limits: dict[DeviceName, int] = {}
+    for rank in planned.ranks:
+        if (index := rank.device.index) is not None:
+            room = rank.share.bytes - rank.context.bytes - rank.activation.bytes
+            limits[index] = min(room, free[index])
+    memory = config.max_memory or {}
+    return limits | {tier: memory[tier] for tier in ("cpu", "disk") if tier in memory}
 
 
 def _planned_map(
@@ -185,6 +201,36 @@ def _planned_map(
     if planned is None or config.device == "cpu" or config.device_map not in (None, "auto"):
         return None
     return device_map_of(planned, _without_weights(config, hf_config, task))
+
+
+def allocator_limits(
+    config: ModelConfig, planned: ModelPlan | None, free_bytes: Mapping[int, int]
+) -> dict[DeviceName, int]:
+    """Returns the bytes of each GPU beyond which torch's allocator may not go, the CUDA context included, by the GPU's
+    number here. A GPU that the replica has for itself has no limit.
+
+    In a pool, a replica takes what it has leased, which is its plan. Elsewhere `max_memory` is the limit.
+    """
+    if planned is not None and config.swaps is not None and config.device != "cpu":
+        return {rank.device.index: rank.share.bytes for rank in planned.ranks if rank.device.index is not None}
+    if planned is not None and set(free_bytes) <= {rank.device.index for rank in planned.ranks}:
+        limits = {rank.device.index: planned.limit_of(rank) for rank in planned.ranks}
+        return {
+            index: min(limit, free_bytes[index] + _held(index))
+            for index, limit in limits.items()
+            if index is not None and limit is not None
+        }
+    if not config.max_memory:
+        return {}
+    # What is free now is without the context and what this process holds, which a limit includes.
+    with_own = {index: free + _held(index) for index, free in free_bytes.items()}
+    return device_limits(config, with_own)
+
+
+def _held(index: int) -> int:
+    """Returns the bytes that this process holds of a GPU already, the planned CUDA context included."""
+    reserved: int = torch.cuda.memory_reserved(index)
+    return context("cuda").bytes + reserved
 
 
 def _cap_allocators(limits: Mapping[DeviceName, int]) -> None:
@@ -210,9 +256,12 @@ def _without_weights(config: ModelConfig, hf_config: Any, task: Task) -> PreTrai
     return model
 
 
-def gpu_memory(config: ModelConfig) -> dict[int, int]:
-    """Returns the bytes that this process may take of each GPU that it sees, by the GPU's number here. It is empty on
-    the CPU.
+def gpu_memory(config: ModelConfig, planned: ModelPlan | None = None) -> dict[int, int]:
+    """Returns the bytes that this process may take of each GPU on which the model may lie, by the GPU's number here. It
+    is empty on the CPU.
+
+    These are the GPUs of the plan, if there is one and it decides, and otherwise all that the process sees. To ask for
+    a GPU's memory makes a CUDA context on it, which takes some 500 MiB there for as long as the process lives.
 
     It is what is free now, and with a share of a GPU (`num_gpus` below 1) at most that share of the whole. torch's
     allocator enforces the share and raises out-of-memory beyond it.
@@ -223,12 +272,20 @@ def gpu_memory(config: ModelConfig) -> dict[int, int]:
         raise EngineError("device: cuda, but torch sees no GPU in this replica. Set device: cpu to run on the CPU.")
     share = min(1.0, config.num_gpus or 1.0)
     memory = {}
-    for index in range(torch.cuda.device_count()):
+    for index in _candidates(config, planned):
         free, total = torch.cuda.mem_get_info(index)
         if share < 1:
             _cap_allocators({index: int(total * share)})
         memory[index] = min(free, int(total * share))
     return memory
+
+
+def _candidates(config: ModelConfig, planned: ModelPlan | None) -> Sequence[int]:
+    """Returns the numbers of the GPUs on which the model may lie."""
+    is_spread_by_name = isinstance(config.device_map, str) and config.device_map != "auto"
+    if planned is None or (is_spread_by_name and config.swaps is None):
+        return range(torch.cuda.device_count())
+    return sorted({rank.device.index for rank in planned.ranks if rank.device.index is not None})
 
 
 def choose_device_map(

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ModelConfig
 from serve_app.engines.lost_adapter import LostAdapter
-from serve_app.engines.measure import rank_memory
+from serve_app.engines.measure import rank_memory, tensor_peak
 from serve_app.engines.pt.core.heap import free_everything
 from serve_app.engines.pt.core.memory_part import Part
 from serve_app.engines.pt.core.parked_memory import ParkedMemory
@@ -160,7 +160,9 @@ class PoolingEngine:
     def _memory(self) -> list[RankMemory]:
         kind, is_parked = "cpu" if self._config.device == "cpu" else "cuda", self.pooler.is_parked
         return [
-            rank_memory(device, 0 if is_parked else size, 0, self._libraries)
+            rank_memory(
+                device, 0 if is_parked else size, 0, self._libraries, tensor_peak=tensor_peak(device, is_parked)
+            )
             for device, size in self._weights.items()
             if device.type == kind
         ]
