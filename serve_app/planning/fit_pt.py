@@ -98,8 +98,7 @@ def _fit(
     ]
     if not devices[0][0].is_gpu:
         rooms[0] -= _kept_adapters(request, [BlockGroup(tuple(blocks))]).bytes
-    # For a model on the CPU, only the disk is a slower tier.
-    spills = bool(request.config.spill_tiers - (set() if devices[0][0].is_gpu else {"cpu"}))
+    spills = _may_spill(request, devices[0][0])
 
     def at(tokens: int) -> LayerMap | None:
         return map_layers(blocks, rooms, tokens, rows, spills, _beside(draft))
@@ -207,6 +206,9 @@ def _pt_shortage(
         short = replace(short, message=short.message + text)
     if spills or not device.is_gpu:
         return short
+    if request.config.spill_tiers:
+        text = " cpu and disk in max_memory do not count here: layers that bitsandbytes has quantised stay on a GPU."
+        return replace(short, message=short.message + text)
     tiers = " To put a part of it on the CPU or the disk, which is slow, name cpu or disk in max_memory."
     return replace(short, message=short.message + tiers)
 
@@ -475,6 +477,14 @@ def _pt_weights(request: ModelRequest, part: BlockGroup) -> Figure:
         return Figure(part.weights)
     whole, bits = part.weights - values - scales, BITS[request.pt_quantization]
     return Figure(part.weights, terms=tuple(quantized_weights(whole, values, scales, bits)))
+
+
+def _may_spill(request: ModelRequest, device: Device) -> bool:
+    """Returns whether layers may go to a slower tier. For a model on the CPU, only the disk is one. transformers (5.19,
+    `validate_environment` of its quantizers) refuses a checkpoint of bitsandbytes with layers on the CPU or the
+    disk."""
+    tiers = request.config.spill_tiers - (set() if device.is_gpu else {"cpu"})
+    return bool(tiers) and request.architecture.quantization != "bitsandbytes"
 
 
 def _spilled(request: ModelRequest, mapped: LayerMap) -> Mapping[str, int]:

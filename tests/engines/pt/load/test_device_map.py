@@ -82,7 +82,7 @@ def test_the_kv_cache_counts_within_the_limit() -> None:
     short, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="100KB")
     long, _ = planned(llama(), {0: 20 * MB, 1: 200 * MB}, max_model_len=512, kv_cache_memory_bytes="9MB")
     assert layers(long).count(0) < layers(short).count(0)
-    short_of = plan(llama(max_position_embeddings=8192), {0: 20 * MB, 1: 30 * MB})
+    short_of = plan(llama(max_position_embeddings=8192), {0: 40 * MB, 1: 40 * MB})
     assert isinstance(short_of, Shortage)
     assert "too much" in short_of.message
 
@@ -117,3 +117,13 @@ def test_an_architecture_without_formulas_gets_a_valid_map() -> None:
     device_map = device_map_of(fit, meta(hf_config))
     check_device_map(meta(hf_config), device_map)
     assert set(device_map) >= {f"backbone.layers.{number}" for number in range(6)}
+
+
+def test_layers_that_bitsandbytes_has_quantised_stay_on_gpus() -> None:
+    """transformers refuses to put them on the CPU or the disk, so the plan counts no such tier."""
+    limits: dict[int | str, int] = {0: 15 * MB, "cpu": 10**9}
+    assert isinstance(plan(llama(), limits), ModelPlan)
+    quantised = llama(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    short = plan(quantised, limits)
+    assert isinstance(short, Shortage)
+    assert "layers that bitsandbytes has quantised stay on a GPU" in short.message
