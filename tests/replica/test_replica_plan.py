@@ -146,7 +146,7 @@ def test_pt_places_by_the_plan_that_is_reported(monkeypatch: pytest.MonkeyPatch,
     gpus = [gpu(small, 12), gpu(large, 24)]
     planned = plan_replica(asked, gpus, by_index)
     assert planned is not None
-    monkeypatch.setattr(model_loader, "gpu_memory", lambda _: {0: 10 * GIB, 1: 21 * GIB})  # The context is there now.
+    monkeypatch.setattr(model_loader, "gpu_memory", lambda *_: {0: 10 * GIB, 1: 21 * GIB})  # The context is there now.
     options, tokens = model_loader._placement(asked, AutoConfig.from_pretrained(asked.model), planned)
     by_rank = {rank.device.index: rank.layers for rank in planned.ranks}
     layers = [place for name, place in options["device_map"].items() if ".layers." in name]
