@@ -63,13 +63,13 @@ def main() -> None:
     about = {"grid": options.file.name, "workload": options.workload, "clients": options.clients}
     axes = [[axis.model, axis.field, list(axis.values), axis.meant] for axis in space.axes]
     journal = Journal(options.journal, about | {"measure": options.measure, "axes": axes})
-    tuner = Tuner(setup.task, journal, Lines())
     left = [point for point in space.points if key_of(point) not in {key_of(trial.point) for trial in journal.trials}]
     random.Random(0).shuffle(left)
-    for number, point in enumerate(left, 1):
-        journal.add(tuner.measure(point, "confirm"))  # No trial is stopped early then.
-        worth = score_of(objective, journal.trials[-1])
-        print(f"{number}/{len(left)} {title(point, space.default)}: {worth.value:.0f} {worth.why}", flush=True)
+    with Tuner(setup.task, journal, Lines()) as tuner:
+        for number, point in enumerate(left, 1):
+            journal.add(tuner.measure(point, "confirm"))  # No trial is stopped early then.
+            worth = score_of(objective, journal.trials[-1])
+            print(f"{number}/{len(left)} {title(point, space.default)}: {worth.value:.0f} {worth.why}", flush=True)
     scored = sorted(((score_of(objective, trial).value, trial) for trial in journal.trials), key=lambda pair: -pair[0])
     own = next(value for value, trial in scored if key_of(trial.point) == key_of(space.default))
     for value, trial in scored:

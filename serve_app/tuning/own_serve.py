@@ -1,4 +1,4 @@
-"""Serves a config file by `serve-app run` with a Ray, ports and folders of its own, and leaves nothing of it.
+"""Serves config files by `serve-app run` with a Ray, ports and folders of its own, and leaves nothing of it.
 
 Whatever runs on the machine is not touched: another Ray has other ports and another folder, and the processes of this
 one carry a mark in their environment, by which they are found and ended if they do not end by themselves.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from serve_app.engines.folder_lock import lock_folder
@@ -39,6 +40,8 @@ FOLDERS, FOLDER, MARK_FILE = Path("/tmp"), "sat-", "mark"  # noqa: S108
 # All in seconds.
 POLL_S, ANSWER_TIMEOUT_S = 0.25, 5.0
 STOP_TIMEOUT_S = 60.0
+# The process looks every two seconds whether its file is to be read again, and Serve needs a moment to deploy it.
+DEPLOY_TIMEOUT_S = 60.0
 # Characters of the terminal's end that tell why a start has failed.
 MOST_OUTPUT = 600
 # These variables of the user's own clusters and keys would reach the run.
@@ -112,9 +115,8 @@ class OwnServe:
         self._folder = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log or self._folder / "run.log"
-        file = self._folder / "config.yaml"
-        own = {**document, "http_options": {"host": "127.0.0.1", "port": self.port}}
-        file.write_text(yaml.safe_dump(own, sort_keys=False))
+        self._file = self._folder / "config.yaml"
+        self._write(document)
         given = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
         self._environment = given | isolation(self._folder, self.port, {MARK: self._mark})
         command = [
@@ -123,7 +125,7 @@ class OwnServe:
             "serve_app.tuning.tied",
             str(os.getpid()),
             "run",
-            str(file),
+            str(self._file),
             "--address",
             "local",
             "--verbose",
@@ -134,11 +136,26 @@ class OwnServe:
                 start_new_session=True,
             )  # fmt: skip
 
+    def _write(self, document: Mapping[str, Any]) -> None:
+        own = {**document, "http_options": {"host": "127.0.0.1", "port": self.port}}
+        self._file.write_text(yaml.safe_dump(own, sort_keys=False))
+
+    def deploy(self, document: Mapping[str, Any]) -> None:
+        """Replaces the applications by those of `document`. Raises StartError if that is refused."""
+        self._write(document)
+        try:
+            answer = httpx.post(f"{self.url}/ui/api/reload", timeout=DEPLOY_TIMEOUT_S)
+            problem = "" if answer.status_code == httpx.codes.OK else answer.json()["error"]["message"]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise StartError(f"serve-app run did not read its file again: {problem[:MOST_OUTPUT]}")
+
     def wait_until_ready(self, timeout_s: float) -> None:
         """Returns when all models serve. Raises StartError that says why they do not."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            told = self._ready()
+            told = self._ready() or {}
             states = {name: told.get(name, {}) for name in self._models}
             if all(state.get("status") == "ready" for state in states.values()):
                 return
@@ -150,11 +167,16 @@ class OwnServe:
             time.sleep(POLL_S)
         raise StartError(f"the models do not serve after {timeout_s:.0f} s")
 
-    def _ready(self) -> dict[str, Any]:
+    def known(self) -> frozenset[str]:
+        """Returns the names of the models that the router knows, which are all of them if it does not answer."""
+        told = self._ready()
+        return frozenset(self._models if told is None else told)
+
+    def _ready(self) -> dict[str, Any] | None:
         try:
             found: dict[str, Any] = httpx.get(f"{self.url}/ready", timeout=ANSWER_TIMEOUT_S).json()["models"]
         except (httpx.HTTPError, ValueError, KeyError):
-            return {}
+            return None
         return found
 
     def output(self) -> str:
@@ -165,6 +187,14 @@ class OwnServe:
         """Returns the pids of the models' replicas. One that died and was replaced has another pid."""
         pattern = re.compile("|".join(f"ServeReplica:{re.escape(name)}:Model" for name in self._models))
         return frozenset(pid for pid, command in self._processes() if pattern.search(command))
+
+    def engines(self) -> frozenset[int]:
+        """Returns the pids of the models' replicas and of what these have started, such as vLLM's processes."""
+        found = set[int]()
+        for pid in self.replicas():
+            with contextlib.suppress(psutil.Error):
+                found |= {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+        return frozenset(found)
 
     def status(self) -> dict[str, Any]:
         """Returns what `serve-app status --json` says, or nothing if it does not answer."""

@@ -6,12 +6,15 @@ from typing import Any
 from serve_app.tuning.space import Point, replicas_of, with_point
 
 
+def without_models() -> dict[str, Any]:
+    """Returns a file that serves nothing but a router that anybody may ask."""
+    return {"applications": [{"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}]}
+
+
 def document_of(document: Mapping[str, Any], models: Sequence[str], point: Point) -> dict[str, Any]:
     """Returns a file that serves these models of `document` with the fields of a point, beside a router that anybody
     may ask. Applications that are not tuned are left out."""
-    applications: list[dict[str, Any]] = [
-        {"name": "router", "import_path": "serve_app.app:router", "route_prefix": "/"}
-    ]
+    applications: list[dict[str, Any]] = list(without_models()["applications"])
     for application in document["applications"]:
         if application.get("name") in models:
             applications.append(changed(application, point))

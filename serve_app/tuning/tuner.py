@@ -7,14 +7,15 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from serve_app.errors import ConfigError
 from serve_app.tuning.journal import Journal, Purpose, Trial
 from serve_app.tuning.load import Target, run_level
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score, broken, rank
-from serve_app.tuning.own_serve import OwnServe, StartError
+from serve_app.tuning.kept_serve import KeptServe
+from serve_app.tuning.own_serve import StartError
 from serve_app.tuning.search import propose
 from serve_app.tuning.served_file import document_of
 from serve_app.tuning.space import Point, Space
@@ -65,9 +66,11 @@ class Task:
 
 
 class Served(Protocol):
-    """These are models that are served, as `OwnServe` serves them."""
+    """These are models that are served, as `KeptServe` serves them."""
 
-    url: str
+    @property
+    def url(self) -> str:
+        """Returns their address."""
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Returns when all serve. Raises StartError."""
@@ -80,6 +83,16 @@ class Served(Protocol):
 
     def stop(self) -> None:
         """Ends them."""
+
+
+class Server(Protocol):
+    """Serves one file after another, as `KeptServe` does."""
+
+    def serve(self, document: Mapping[str, Any], models: Sequence[str]) -> Served:
+        """Begins to serve the models of a file. Raises StartError."""
+
+    def close(self) -> None:
+        """Ends everything."""
 
 
 class View(Protocol):
@@ -95,17 +108,25 @@ class View(Protocol):
         """Is told of each trial that has ended."""
 
 
-Server = Callable[[Mapping[str, Any], Sequence[str]], Served]
 # Sends a level of load, as `run_level` does.
 Send = Callable[[Target, Workload, Level, float, float], Awaitable[Measurement]]
 
 
 class Tuner:
-    """Does a task. It goes on from the trials that the journal has."""
+    """Does a task. It goes on from the trials that the journal has. It has to be closed, whatever happens."""
 
-    def __init__(self, task: Task, journal: Journal, view: View, serve: Server = OwnServe, send: Send = run_level):
-        self._task, self._journal, self._view, self._serve, self._send = task, journal, view, serve, send
+    def __init__(
+        self, task: Task, journal: Journal, view: View, server: Server | None = None, send: Send = run_level
+    ):
+        self._task, self._journal, self._view, self._send = task, journal, view, send
+        self._server = server or KeptServe()
         self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
 
     @property
     def space(self) -> Space:
@@ -171,13 +192,15 @@ class Tuner:
     @contextmanager
     def _served(self, point: Point) -> Iterator[Served]:
         self._require_room(point)
-        serve = self._serve(document_of(self._task.document, self._task.models, point), self._task.models)
         try:
+            serve = self._server.serve(document_of(self._task.document, self._task.models, point), self._task.models)
             left = max(self._left_s(), LEAST_START_S)
             serve.wait_until_ready(min(self._task.start_timeout_s, left))
             yield serve
-        finally:
-            serve.stop()
+        except BaseException:  # Ctrl-C is one.
+            self._server.close()
+            raise
+        serve.stop()
 
     def _require_room(self, point: Point) -> None:
         """Waits until the planned memory of a point is free. Raises ConfigError if others have it."""

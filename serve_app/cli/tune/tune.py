@@ -40,10 +40,11 @@ def tune(options: argparse.Namespace) -> int:
     wish = _wish(options)
     setup = read_setup(wish, local_inventory(), own_cpus(), lambda text: print(f"tune: {text}", file=sys.stderr))
     require_writable_yaml(setup.text, options.config)
+    code = 0
     with _journal(options, setup, wish) as journal, TuneView(setup, journal) as view, _terminated():
-        tuner, code = Tuner(setup.task, journal, view), 0
         try:
-            tuner.run()
+            with Tuner(setup.task, journal, view) as tuner:
+                tuner.run()
         except KeyboardInterrupt:
             code = INTERRUPTED
     return _finish(options, setup, journal, tuner, code)
