@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 from serve_app.ray_serve import http_options, listening_host
 from serve_app.router.directory import ModelDirectory
@@ -22,6 +23,7 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
     """
     started = spoke = time.monotonic()
     seen: dict[str, ModelStatus] = {}
+    since: dict[str, float] = {}
     if is_open and (host := listening_host()) not in LOOPBACK:
         notify(f"WARNING: No API keys are set, and Serve listens on {host}. Whoever reaches it may use every model.")
         notify("WARNING: Set SERVE_APP_API_KEYS_FILE (docs/keys_and_limits.md), or http_options.host: 127.0.0.1.")
@@ -38,12 +40,13 @@ async def announce(directory: ModelDirectory, is_open: bool) -> None:
         if is_news and all(model.is_open or model.state == "failed" for model in models.values()):
             for line in summary(models, http_address(http_options()), is_open):
                 say(line)
-        waiting = [model.name for model in models.values() if model.state == "loading"]
+        now = time.monotonic()
+        since = {name: since.get(name, now) for name, model in models.items() if model.state == "loading"}
         if changed:
-            spoke = time.monotonic()
-        elif waiting and time.monotonic() - spoke > REMINDER_S:
-            spoke = time.monotonic()
-            say(f"still loading after {spoke - started:.0f} s: {', '.join(waiting)}")
+            spoke = now
+        elif since and now - spoke > REMINDER_S:
+            spoke = now
+            say(still_loading(since, now))
         seen = models
         await asyncio.sleep(INTERVAL_S)
 
@@ -57,6 +60,11 @@ def summary(models: dict[str, ModelStatus], url: str, is_open: bool = True) -> l
         lines += [f"  {model.name}: {model.message}" for model in failed]
         lines.append(MEND)
     return lines
+
+
+def still_loading(since: Mapping[str, float], now: float) -> str:
+    """Returns for how long models have been loading. `since` and `now` are in seconds of one clock."""
+    return f"still loading: {', '.join(f'{name} ({now - begun:.0f} s)' for name, begun in since.items())}"
 
 
 def _differs(before: ModelStatus | None, now: ModelStatus) -> bool:

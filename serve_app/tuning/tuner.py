@@ -11,10 +11,10 @@ from typing import Any, Protocol, Self
 
 from serve_app.errors import ConfigError
 from serve_app.tuning.journal import Journal, Purpose, Trial
+from serve_app.tuning.kept_serve import KeptServe
 from serve_app.tuning.load import Target, run_level
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score, broken, rank
-from serve_app.tuning.kept_serve import KeptServe
 from serve_app.tuning.own_serve import StartError
 from serve_app.tuning.search import propose
 from serve_app.tuning.served_file import document_of
@@ -115,9 +115,7 @@ Send = Callable[[Target, Workload, Level, float, float], Awaitable[Measurement]]
 class Tuner:
     """Does a task. It goes on from the trials that the journal has. It has to be closed, whatever happens."""
 
-    def __init__(
-        self, task: Task, journal: Journal, view: View, server: Server | None = None, send: Send = run_level
-    ):
+    def __init__(self, task: Task, journal: Journal, view: View, server: Server | None = None, send: Send = run_level):
         self._task, self._journal, self._view, self._send = task, journal, view, send
         self._server = server or KeptServe()
         self._began = time.monotonic()

@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from serve_app.router.announcer import summary
+from serve_app.router.announcer import still_loading, summary
 from serve_app.router.model_status import ModelStatus
 
 READY = ModelStatus("a", "ready", 1)
@@ -29,3 +29,8 @@ def test_failures_are_listed_with_their_reasons() -> None:
 def test_without_a_ready_model_there_is_nothing_to_try() -> None:
     """No curl line that cannot work."""
     assert not any("curl" in line for line in summary({"b": FAILED}, "u"))
+
+
+def test_each_model_has_the_time_for_which_it_has_been_loading() -> None:
+    """One that was deployed later has a shorter one."""
+    assert still_loading({"a": 10.0, "b": 100.4}, 140.0) == "still loading: a (130 s), b (40 s)"

@@ -16,16 +16,20 @@ class MadeMachine:
     """Serves and is sent loads. The first model's `max_num_seqs` requests run at one time, and the others wait.
 
     `crashes` is a batch with which it does not start, and `dies` one with which its process is another one afterwards.
-    `interrupts` is one with which Ctrl-C comes. `stopped` counts the ends. Requests fail from `refuses` clients on.
+    `interrupts` is one with which Ctrl-C comes. `stopped` counts the ends, and `closed` those of the whole machine.
+    Requests fail from `refuses` clients on.
     """
 
     def __init__(self, crashes: int = 0, dies: int = 0, interrupts: int = 0, refuses: int = 1000):
         self._refuses = refuses
-        self.url, self.stopped, self.sent = "made", 0, list[Level]()
+        self.url, self.stopped, self.closed, self.sent = "made", 0, 0, list[Level]()
+        self._serves = False
         self._crashes, self._dies, self._interrupts = crashes, dies, interrupts
 
     def serve(self, document: Mapping[str, Any], models: Sequence[str]) -> "MadeMachine":
-        """Starts with the settings of a file."""
+        """Starts with the settings of a file. What was served before has been ended."""
+        assert not self._serves
+        self._serves = True
         (args,) = (item["args"] for item in document["applications"] if item["name"] in models)
         self._batch = args.get("max_num_seqs") or 32
         return self
@@ -64,4 +68,11 @@ class MadeMachine:
 
     def stop(self) -> None:
         """Counts it."""
-        self.stopped += 1
+        assert self._serves
+        self._serves, self.stopped = False, self.stopped + 1
+
+    def close(self) -> None:
+        """Ends what is served too."""
+        self.closed += 1
+        if self._serves:
+            self.stop()

@@ -62,8 +62,7 @@ def task(**fields: Any) -> Task:
 def run(file: Path, of: Task, machine: MadeMachine | None = None) -> tuple[Tuner, Quiet, Journal]:
     """A run to its end."""
     view, machine = Quiet(), machine or MadeMachine()
-    with Journal(file, {}) as journal:
-        tuner = Tuner(of, journal, view, machine.serve, machine.send)
+    with Journal(file, {}) as journal, Tuner(of, journal, view, machine, machine.send) as tuner:
         tuner.run()
     assert machine.stopped == len(view.ends)
     return tuner, view, journal
@@ -98,6 +97,14 @@ def test_a_setting_that_crashes_is_marked_and_left(tmp_path: Path, how: str, wor
     assert title(tuner.verdict.point, tuner.space.default) == "max_num_seqs 4"
 
 
+def test_only_a_start_that_fails_ends_more_than_the_models(tmp_path: Path) -> None:
+    """The other starts are on the same Ray, which ends with the run."""
+    sound, crashing = MadeMachine(), MadeMachine(crashes=8)
+    run(tmp_path / "sound", task(), sound)
+    run(tmp_path / "crashing", task(), crashing)
+    assert (sound.closed, crashing.closed) == (1, 2)
+
+
 def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     """No point of the first run is started again."""
     _, _, first = run(tmp_path / "j", task(max_starts=2))
@@ -113,11 +120,14 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_server_and_keeps_what_was_measured(tmp_path: Path) -> None:
     """The trial that was going on is not kept."""
     machine = MadeMachine(interrupts=8)
-    with Journal(tmp_path / "j", {}) as journal:
-        tuner = Tuner(task(), journal, Quiet(), machine.serve, machine.send)
-        with pytest.raises(KeyboardInterrupt):
-            tuner.run()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Journal(tmp_path / "j", {}) as journal,
+        Tuner(task(), journal, Quiet(), machine, machine.send) as tuner,
+    ):
+        tuner.run()
     assert machine.stopped == len(journal.trials) + 1
+    assert machine.closed > 0
     assert tuner.verdict.score.is_valid
 
 
@@ -127,9 +137,9 @@ def test_a_budget_ends_it(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", {}) as journal:
         journal.add(replace(trial(SPACE.default, 100.0), total_s=60.0))
         of = task(budget_s=200.0)  # A start takes a minute, and three are kept to confirm.
-        Tuner(of, journal, Quiet(), machine.serve, machine.send).run()
+        Tuner(of, journal, Quiet(), machine, machine.send).run()
         assert machine.stopped == 0
-        Tuner(task(budget_s=260.0), journal, Quiet(), machine.serve, machine.send).run()
+        Tuner(task(budget_s=260.0), journal, Quiet(), machine, machine.send).run()
         assert machine.stopped > 0
 
 
@@ -191,7 +201,7 @@ def test_nothing_starts_while_the_memory_is_not_free(tmp_path: Path) -> None:
         return "no room" if len(asked) > 1 else ""
 
     with Journal(tmp_path / "j", {}) as journal:
-        tuner = Tuner(task(room=room, room_timeout_s=0.0), journal, Quiet(), machine.serve, machine.send)
+        tuner = Tuner(task(room=room, room_timeout_s=0.0), journal, Quiet(), machine, machine.send)
         with pytest.raises(ConfigError, match=r"is not free now.*no room"):
             tuner.run()
     assert (machine.stopped, len(journal.trials)) == (1, 1)
