@@ -10,8 +10,11 @@ from typing import Any, Protocol
 
 import psutil
 
-from serve_app.tuning.own_serve import POLL_S, STOP_TIMEOUT_S, OwnServe, StartError
+from serve_app.tuning.own_serve import POLL_S, OwnServe, StartError
 from serve_app.tuning.served_file import without_models
+
+# Serve itself ends a replica that does not end by itself after two minutes.
+END_TIMEOUT_S = 150.0
 
 
 class Run(Protocol):
@@ -63,12 +66,14 @@ class KeptServe:
         return self._run
 
     def serve(self, document: Mapping[str, Any], models: Sequence[str]) -> "KeptServe":
-        """Begins to serve a document. Raises StartError if a run that goes on refuses it. `models` are always the
-        same."""
+        """Begins to serve a document, by a new run if the present one refuses it. `models` are always the same."""
+        if self._run is not None:
+            try:
+                self._run.deploy(document)
+            except StartError:  # The fault may be the run's, and a new one says whether it is the document's.
+                self.close()
         if self._run is None:
             self._run = self._start(document, models)
-        else:
-            self._run.deploy(document)
         return self
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -96,15 +101,24 @@ class KeptServe:
             run.deploy(without_models())
         except StartError:
             return False
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while run.known() or run.engines() or any(psutil.pid_exists(pid) for pid in processes):
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while run.known() or run.engines() or any(map(_lives, processes)):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_S)
         return True
 
     def close(self) -> None:
-        """Ends everything that still runs. It takes a bounded time."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
+        """Ends everything that still runs. It takes a bounded time, and can be called again if it was interrupted."""
+        if self._run is not None:
+            self._run.stop()
+            self._run = None
+
+
+def _lives(pid: int) -> bool:
+    """Returns whether a process has memory. One that nobody has waited for, as in a container without an init, has
+    none."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -40,8 +40,8 @@ FOLDERS, FOLDER, MARK_FILE = Path("/tmp"), "sat-", "mark"  # noqa: S108
 # All in seconds.
 POLL_S, ANSWER_TIMEOUT_S = 0.25, 5.0
 STOP_TIMEOUT_S = 60.0
-# The process looks every two seconds whether its file is to be read again, and Serve needs a moment to deploy it.
-DEPLOY_TIMEOUT_S = 60.0
+# The console itself ends a wish to read the file again after three minutes and says why, so this is longer.
+DEPLOY_TIMEOUT_S = 200.0
 # Characters of the terminal's end that tell why a start has failed.
 MOST_OUTPUT = 600
 # These variables of the user's own clusters and keys would reach the run.
@@ -100,7 +100,7 @@ def isolation(folder: Path, port: int, mark: Mapping[str, str]) -> dict[str, str
 
 
 class OwnServe:
-    """One `serve-app run`. It has to be stopped, whatever happens."""
+    """One `serve-app run`. It has to be stopped, whatever happens. A second stop does nothing."""
 
     def __init__(self, document: Mapping[str, Any], models: Sequence[str], log: Path | None = None):
         """Starts it with the applications of `document`, and returns at once. `models` are those that must serve."""
@@ -116,20 +116,13 @@ class OwnServe:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log or self._folder / "run.log"
         self._file = self._folder / "config.yaml"
+        self._wanted = dict[str, int]()
+        self._is_stopped = False
         self._write(document)
         given = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
         self._environment = given | isolation(self._folder, self.port, {MARK: self._mark})
-        command = [
-            sys.executable,
-            "-m",
-            "serve_app.tuning.tied",
-            str(os.getpid()),
-            "run",
-            str(self._file),
-            "--address",
-            "local",
-            "--verbose",
-        ]
+        command = [sys.executable, "-m", "serve_app.tuning.tied", str(os.getpid()), "run", str(self._file)]
+        command += ["--address", "local", "--verbose"]
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=self._environment,
@@ -137,6 +130,7 @@ class OwnServe:
             )  # fmt: skip
 
     def _write(self, document: Mapping[str, Any]) -> None:
+        self._wanted = replica_counts(document)
         own = {**document, "http_options": {"host": "127.0.0.1", "port": self.port}}
         self._file.write_text(yaml.safe_dump(own, sort_keys=False))
 
@@ -145,19 +139,19 @@ class OwnServe:
         self._write(document)
         try:
             answer = httpx.post(f"{self.url}/ui/api/reload", timeout=DEPLOY_TIMEOUT_S)
-            problem = "" if answer.status_code == httpx.codes.OK else answer.json()["error"]["message"]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
-            raise StartError(f"serve-app run did not read its file again: {problem[:MOST_OUTPUT]}")
+        except httpx.HTTPError as error:
+            raise StartError(f"the router of serve-app run does not answer: {type(error).__name__} {error}") from None
+        if answer.status_code != httpx.codes.OK:
+            raise StartError(f"serve-app run did not read its file: {answer.status_code} {answer.text[:MOST_OUTPUT]}")
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Returns when all models serve. Raises StartError that says why they do not."""
-        deadline = time.monotonic() + timeout_s
+        """Returns when all replicas of all models serve. Raises StartError that says why they do not."""
+        deadline, missing = time.monotonic() + timeout_s, ""
         while time.monotonic() < deadline:
             told = self._ready() or {}
             states = {name: told.get(name, {}) for name in self._models}
-            if all(state.get("status") == "ready" for state in states.values()):
+            missing = ", ".join(filter(None, (self._missing(name, state) for name, state in states.items())))
+            if not missing:
                 return
             for name, state in states.items():
                 if state.get("status") == "failed":
@@ -165,7 +159,13 @@ class OwnServe:
             if self._process.poll() is not None:
                 raise StartError(f"serve-app run has ended: {self.output()[-MOST_OUTPUT:]}")
             time.sleep(POLL_S)
-        raise StartError(f"the models do not serve after {timeout_s:.0f} s")
+        raise StartError(f"after {timeout_s:.0f} s not everything serves: {missing}")
+
+    def _missing(self, name: str, state: Mapping[str, Any]) -> str:
+        """Returns how many replicas of a model serve if some do not, or an empty text."""
+        wanted, serving = self._wanted.get(name, 1), int(state.get("replicas", 0))
+        is_ready = state.get("status") == "ready" and serving >= wanted
+        return "" if is_ready else f"{serving} of {wanted} replicas of {name}"
 
     def known(self) -> frozenset[str]:
         """Returns the names of the models that the router knows, which are all of them if it does not answer."""
@@ -213,6 +213,8 @@ class OwnServe:
 
     def stop(self) -> None:
         """Ends the run and everything that it has started, and removes its folder. It takes a bounded time."""
+        if self._is_stopped:
+            return
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()  # A job in the background of a shell ignores SIGINT, and so do its children.
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -227,11 +229,23 @@ class OwnServe:
         with contextlib.suppress(subprocess.TimeoutExpired):  # A process that the kernel holds cannot be ended.
             self._process.wait(STOP_TIMEOUT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._is_stopped = True
         os.close(self._lock)
         self._claim.close()
 
     def _processes(self) -> Iterator[tuple[int, str]]:
         return processes(self._mark)
+
+
+def replica_counts(document: Mapping[str, Any]) -> dict[str, int]:
+    """Returns how many replicas each application of a file has. A file that is tuned names a number or leaves it out,
+    which means one."""
+    return {
+        application["name"]: deployment["num_replicas"]
+        for application in document["applications"]
+        for deployment in application.get("deployments") or ()
+        if deployment.get("name") == "Model" and isinstance(deployment.get("num_replicas"), int)
+    }
 
 
 def processes(mark: str) -> Iterator[tuple[int, str]]:

@@ -183,6 +183,8 @@ class Tuner:
             with self._served(point) as serve:
                 trial = replace(trial, start_s=time.monotonic() - begin)
                 trial = self._loaded(serve, trial)
+                if trial.status == "failed":
+                    self._server.close()
         except StartError as error:
             trial = replace(trial, status="failed", why=str(error))
         return replace(trial, total_s=time.monotonic() - begin)
@@ -202,6 +204,9 @@ class Tuner:
 
     def _require_room(self, point: Point) -> None:
         """Waits until the planned memory of a point is free. Raises ConfigError if others have it."""
+        if not self._task.room(point):
+            return
+        self._server.close()  # The Ray of the trial before holds memory too.
         deadline = time.monotonic() + self._task.room_timeout_s
         while why := self._task.room(point):
             if time.monotonic() >= deadline:

@@ -67,12 +67,11 @@ class MadeMachine:
         return {"models": [{"name": "m", "replicas": [{"report": {"devices": [device]}}, {"report": None}]}]}
 
     def stop(self) -> None:
-        """Counts it."""
-        assert self._serves
-        self._serves, self.stopped = False, self.stopped + 1
+        """Counts it if something is served."""
+        self.stopped += self._serves
+        self._serves = False
 
     def close(self) -> None:
         """Ends what is served too."""
         self.closed += 1
-        if self._serves:
-            self.stop()
+        self.stop()

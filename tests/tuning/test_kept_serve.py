@@ -17,46 +17,48 @@ OTHER = {"applications": [*without_models()["applications"], {"name": "m", "args
 
 
 class MadeRun:
-    """Serves by a real process for each file with a model. `refuses` says of which files the run does not read another
-    one, and `keeps` that a process goes on when its model is removed."""
+    """Serves by two real processes for each file with a model, a replica and its engine. `refuses` has the files that
+    the run does not take, and `keeps` says what stays when a model is removed: "name", "replica" or "engine"."""
 
     def __init__(self, document: Mapping[str, Any], models: Sequence[str]):
         self.url, self.models, self.is_over = "made", models, False
         self.deployed = list[Mapping[str, Any]]()
-        self.refuses, self.keeps = list[Mapping[str, Any]](), False
-        self.process: subprocess.Popen[bytes] | None = None
+        self.refuses, self.keeps = list[Mapping[str, Any]](), ""
+        self.running = dict[str, subprocess.Popen[bytes]]()
         self.deploy(document)
 
     def deploy(self, document: Mapping[str, Any]) -> None:
-        """Keeps the file, and starts or ends the process."""
+        """Keeps the file, and starts or ends the processes."""
         if document in self.refuses:
             raise StartError("it is wrong")
         self.deployed.append(document)
-        if self.process is None:
-            self.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-        elif document == without_models() and not self.keeps:
-            self.end()
+        if document != without_models():
+            command = [sys.executable, "-c", "input()"]
+            self.running = {kind: subprocess.Popen(command, stdin=subprocess.PIPE) for kind in ("replica", "engine")}
+        else:
+            self.end(*({"replica", "engine"} - {self.keeps}))
 
-    def end(self) -> None:
-        """Ends the process."""
-        if self.process is not None:
-            self.process.communicate(b"\n")
-            self.process = None
+    def end(self, *kinds: str) -> None:
+        """Ends processes."""
+        for kind in kinds:
+            if (process := self.running.pop(kind, None)) is not None:
+                process.communicate(b"\n")
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """It is at once."""
 
     def replicas(self) -> frozenset[int]:
-        """The process."""
-        return frozenset() if self.process is None else frozenset({self.process.pid})
+        """The first process."""
+        return frozenset(process.pid for kind, process in self.running.items() if kind == "replica")
 
     def engines(self) -> frozenset[int]:
-        """The same."""
-        return self.replicas()
+        """Both, as long as the first one is there."""
+        return frozenset(process.pid for process in self.running.values() if self.replicas())
 
     def known(self) -> frozenset[str]:
         """The model of the last file."""
-        return frozenset(self.models) if self.deployed[-1] != without_models() else frozenset()
+        is_gone = self.deployed[-1] == without_models() and self.keeps != "name"
+        return frozenset() if is_gone else frozenset(self.models)
 
     def status(self) -> dict[str, Any]:
         """Nothing of interest."""
@@ -65,7 +67,7 @@ class MadeRun:
     def stop(self) -> None:
         """Ends it all."""
         self.is_over = True
-        self.end()
+        self.end("replica", "engine")
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def runs() -> Iterator[list[MadeRun]]:
     found = list[MadeRun]()
     yield found
     for one in found:
-        one.end()
+        one.stop()
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_the_second_file_is_served_by_the_same_run(kept: KeptServe, runs: list[M
 def test_after_the_death_of_a_replica_a_new_run_serves(kept: KeptServe, runs: list[MadeRun]) -> None:
     """The whole run is ended with the models."""
     served(kept, MODEL)
-    runs[0].end()
+    runs[0].end("replica")
     kept.stop()
     assert runs[0].is_over
     assert runs[0].deployed == [MODEL]
@@ -123,27 +125,26 @@ def test_after_the_death_of_a_replica_a_new_run_serves(kept: KeptServe, runs: li
     kept.close()
 
 
-@pytest.mark.parametrize("how", ["refuses", "keeps"])
+@pytest.mark.parametrize("what", ["file", "name", "replica", "engine"])
 def test_models_that_do_not_end_take_the_run_with_them(
-    kept: KeptServe, runs: list[MadeRun], how: str, monkeypatch: pytest.MonkeyPatch
+    kept: KeptServe, runs: list[MadeRun], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The router refuses the file, or their processes go on."""
-    monkeypatch.setattr(kept_serve, "STOP_TIMEOUT_S", 0.5)
+    """The run refuses the file, the router still has their name, or one of their processes goes on."""
+    monkeypatch.setattr(kept_serve, "END_TIMEOUT_S", 0.5)
     served(kept, MODEL)
-    runs[0].refuses, runs[0].keeps = [without_models()] * (how == "refuses"), how == "keeps"
+    runs[0].refuses, runs[0].keeps = [without_models()] * (what == "file"), what
     kept.stop()
     assert runs[0].is_over
 
 
-def test_a_run_that_refuses_a_file_says_so(kept: KeptServe, runs: list[MadeRun]) -> None:
-    """The caller closes it."""
+def test_what_a_run_refuses_is_served_by_a_new_one(kept: KeptServe, runs: list[MadeRun]) -> None:
+    """The run may have died since, which says nothing of the file."""
     served(kept, MODEL)
     kept.stop()
     runs[0].refuses = [OTHER]
-    with pytest.raises(StartError, match="it is wrong"):
-        kept.serve(OTHER, ("m",))
+    served(kept, OTHER)
+    assert [one.is_over for one in runs] == [True, False]
     kept.close()
-    assert runs[0].is_over
 
 
 def test_nothing_is_asked_of_a_run_that_is_not_there(kept: KeptServe) -> None:

@@ -10,7 +10,7 @@ from serve_app.errors import ConfigError
 from serve_app.tuning.journal import Journal, Trial
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score
-from serve_app.tuning.space import Axis, key_of, space_of, title
+from serve_app.tuning.space import Axis, Point, key_of, space_of, title
 from serve_app.tuning.tuner import Task, Tuner
 from serve_app.tuning.workload import Ask, Workload
 from tests.tuning.builders import MACHINE, trial
@@ -99,10 +99,10 @@ def test_a_setting_that_crashes_is_marked_and_left(tmp_path: Path, how: str, wor
 
 def test_only_a_start_that_fails_ends_more_than_the_models(tmp_path: Path) -> None:
     """The other starts are on the same Ray, which ends with the run."""
-    sound, crashing = MadeMachine(), MadeMachine(crashes=8)
-    run(tmp_path / "sound", task(), sound)
-    run(tmp_path / "crashing", task(), crashing)
-    assert (sound.closed, crashing.closed) == (1, 2)
+    machines = MadeMachine(), MadeMachine(crashes=8), MadeMachine(dies=8)
+    for number, machine in enumerate(machines):
+        run(tmp_path / str(number), task(), machine)
+    assert [machine.closed for machine in machines] == [1, 2, 2]
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -204,4 +204,16 @@ def test_nothing_starts_while_the_memory_is_not_free(tmp_path: Path) -> None:
         tuner = Tuner(task(room=room, room_timeout_s=0.0), journal, Quiet(), machine, machine.send)
         with pytest.raises(ConfigError, match=r"is not free now.*no room"):
             tuner.run()
-    assert (machine.stopped, len(journal.trials)) == (1, 1)
+    assert (machine.stopped, machine.closed, len(journal.trials)) == (1, 1, 1)
+
+
+def test_the_memory_of_its_own_ray_is_given_back_for_a_point_that_needs_it(tmp_path: Path) -> None:
+    """The trial before has ended, but its Ray is still there."""
+    machine = MadeMachine()
+
+    def room(point: Point) -> str:
+        return "no room" if dict(point)["m", "max_num_seqs"] == 8 and not machine.closed else ""
+
+    tuner, _, _ = run(tmp_path / "j", task(room=room, room_timeout_s=0.0), machine)
+    assert title(tuner.verdict.point, tuner.space.default) == "max_num_seqs 8"
+    assert machine.closed == 2
