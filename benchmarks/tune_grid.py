@@ -3,11 +3,16 @@
     python -m benchmarks.tune_grid FILE --model NAME --workload chat --clients 32 --measure 8s --journal grid.jsonl
 
 Each point is started once, in an order that is drawn. The journal has the trials, and the same command goes on from it.
-Prints a table, the best first. `benchmarks.tune_search` lets ways to search loose on such a journal.
+Prints a table, the best first. `benchmarks.tune_search` lets ways to search loose on such a journal. With `--repeat 6`,
+the file as it is is started so many times instead, and the standard deviation of the logarithm of its score is printed,
+which `serve_app.tuning.verdict.BETWEEN_STARTS` has to cover.
 """
 
 import argparse
+import math
 import random
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -16,8 +21,8 @@ from serve_app.facts.inventory import local_inventory
 from serve_app.tuning.journal import Journal, Trial
 from serve_app.tuning.measurement import Measurement
 from serve_app.tuning.objective import Objective, Score, parse_seconds
-from serve_app.tuning.setup import Wish, levels_of, read_setup
-from serve_app.tuning.space import key_of, title
+from serve_app.tuning.setup import Setup, Wish, levels_of, read_setup
+from serve_app.tuning.space import Point, Space, key_of, title
 from serve_app.tuning.tuner import Tuner
 from serve_app.tuning.verdict import score_of
 
@@ -35,8 +40,8 @@ class Lines:
         """Says nothing."""
 
 
-def main() -> None:
-    """Measures what the journal does not have yet, and prints the table."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--model")
@@ -44,35 +49,52 @@ def main() -> None:
     parser.add_argument("--clients", default="32")
     parser.add_argument("--measure", default="8s")
     parser.add_argument("--journal", type=Path, required=True)
-    options = parser.parse_args()
+    parser.add_argument("--repeat", type=int, default=0)
+    return parser.parse_args()
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """What `serve-app tune` would search."""
     objective = Objective()
     levels = levels_of([int(count) for count in options.clients.split(",")], [], objective)
     models = (options.model,) if options.model else ()
-    wish = Wish(
-        options.file,
-        models,
-        objective,
-        options.workload,
-        levels,
-        1e9,
-        10**9,
-        parse_seconds(options.measure, "--measure"),
-    )
-    setup = read_setup(wish, local_inventory(), psutil.cpu_count() or 1, print)
+    measure_s = parse_seconds(options.measure, "--measure")
+    wish = Wish(options.file, models, objective, options.workload, levels, 1e9, 10**9, measure_s)
+    return read_setup(wish, local_inventory(), psutil.cpu_count() or 1, print)
+
+
+def points_left(space: Space, trials: Sequence[Trial], repeat: int) -> list[Point]:
+    """The points that are to be started: in the order of a draw, or the file's own so many times."""
+    if repeat:
+        return [space.default] * (repeat - len(trials))
+    known = {key_of(trial.point) for trial in trials}
+    left = [point for point in space.points if key_of(point) not in known]
+    random.Random(0).shuffle(left)
+    return left
+
+
+def main() -> None:
+    """Measures what the journal does not have yet, and prints the table."""
+    options = arguments()
+    setup = setup_of(options)
     space = setup.task.space
     about = {"grid": options.file.name, "workload": options.workload, "clients": options.clients}
     axes = [[axis.model, axis.field, list(axis.values), axis.meant] for axis in space.axes]
     journal = Journal(options.journal, about | {"measure": options.measure, "axes": axes})
-    left = [point for point in space.points if key_of(point) not in {key_of(trial.point) for trial in journal.trials}]
-    random.Random(0).shuffle(left)
+    left = points_left(space, journal.trials, options.repeat)
     with Tuner(setup.task, journal, Lines()) as tuner:
         for number, point in enumerate(left, 1):
             journal.add(tuner.measure(point, "confirm"))  # No trial is stopped early then.
-            worth = score_of(objective, journal.trials[-1])
+            worth = score_of(Objective(), journal.trials[-1])
             print(f"{number}/{len(left)} {title(point, space.default)}: {worth.value:.0f} {worth.why}", flush=True)
-    scored = sorted(((score_of(objective, trial).value, trial) for trial in journal.trials), key=lambda pair: -pair[0])
-    own = next(value for value, trial in scored if key_of(trial.point) == key_of(space.default))
-    for value, trial in scored:
+    scores = [(score_of(Objective(), trial).value, trial) for trial in journal.trials]
+    if options.repeat:
+        logs = [math.log(value) for value, _ in scores]
+        print(f"scores in turn: {', '.join(f'{value:.0f}' for value, _ in scores)}")
+        print(f"deviation: {statistics.stdev(logs):.3f}, without the first: {statistics.stdev(logs[1:]):.3f}")
+        return
+    own = next(value for value, trial in scores if key_of(trial.point) == key_of(space.default))
+    for value, trial in sorted(scores, key=lambda pair: -pair[0]):
         print(f"| {title(trial.point, space.default)} | {value:.0f} | {value / own:.2f} |")
 
 

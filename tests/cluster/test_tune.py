@@ -66,10 +66,10 @@ def trials(journal: Path) -> list[Any]:
 
 @pytest.mark.timeout(500)
 def test_a_killed_run_goes_on_and_leaves_nothing(command: list[str], tmp_path: Path) -> None:
-    """The kill comes when the first trial has been kept and the second one runs."""
+    """The kill comes when the first trial has been kept and the models of the second one are there."""
     journal = tmp_path / "journal.jsonl"
     run, deadline = started(command), time.monotonic() + TIMEOUT_S
-    while not (trials(journal) and left()):
+    while not (trials(journal) and left(b"ServeReplica:demo:Model")):
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -84,7 +84,8 @@ def test_a_killed_run_goes_on_and_leaves_nothing(command: list[str], tmp_path: P
     while again.poll() is None and time.monotonic() < deadline:
         clusters |= set(left(b"gcs_server"))
         time.sleep(0.2)
-    output, _ = again.communicate(timeout=1)
+    again.terminate()  # It has ended, unless it is late, and then it ends its Ray too.
+    output, _ = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0, output
     assert len(clusters) == 1
     assert "1 trials of an earlier run" in output
