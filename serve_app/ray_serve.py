@@ -8,7 +8,7 @@ them were seen in Ray 2.60. Ray is imported when it is needed, since commands wi
 import asyncio
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,17 @@ def deploy(config: Mapping[str, Any]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     ray.get(controller().apply_config.remote(ServeDeploySchema.model_validate(dict(config))))
+
+
+def end_applications(names: Sequence[str], timeout_s: float) -> None:
+    """Has Serve end applications, whose replicas finish their requests first. It does not wait for that. Raises as
+    `serve_details` does.
+
+    Uses the method `delete_apps` of the controller, because `serve.delete` waits in calls that have no bound.
+    """
+    import ray
+
+    ray.get(controller().delete_apps.remote(list(names)), timeout=timeout_s)
 
 
 def serve_details(timeout_s: float) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import json
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -209,15 +211,30 @@ async def test_the_console_reads_the_file_again_and_wakes_a_model_at_zero_replic
         assert await wait_for(client, 1, timeout_s=120)
 
 
+def read_stream(served: ServeAppRun, lines: list[str], has_begun: threading.Event) -> None:
+    """Keeps the lines of an answer of 300 tokens."""
+    body = chat("scaling", "Hello", max_tokens=300, ignore_eos=True, stream=True)
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        for line in filter(None, reply.iter_lines()):
+            lines.append(line)
+            has_begun.set()
+
+
 def test_serve_app_run_stops_with_a_clean_terminal(served: ServeAppRun) -> None:
-    """Only its own lines are seen, with one for the model that fails; HAProxy serves; Ctrl-C ends all, with code 0.
-    The last test here: it ends the cluster."""
+    """Only its own lines are seen, with one for the model that fails; HAProxy serves; Ctrl-C ends all, with code 0, and
+    an answer that is running comes to its end. The last test here: it ends the cluster."""
     for _ in range(60):
         if "Ctrl-C stops everything" in served.output():
             break
         time.sleep(1)
     assert any("bin/haproxy" in command for command in served.processes().values())
-    assert served.stop(signal.SIGINT) == {}  # It waits for a bounded time.
+    lines, has_begun = list[str](), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_stream, served, lines, has_begun)
+        assert has_begun.wait(60)
+        assert served.stop(signal.SIGINT) == {}  # It waits for a bounded time.
+        reading.result(60)
+    assert lines[-1] == "data: [DONE]"
     assert served.process.returncode == 0
     output = served.output()
     for words in ("Ray is up (dashboard http://", "scaling is loading", "scaling is ready", "has stopped"):

@@ -33,6 +33,9 @@ START_INTERVAL_S, LATER_INTERVAL_S = 0.5, 2.0
 SAME_SIGNAL_S = 1.0
 # The controller of a Serve that runs already may take this many seconds to report its applications.
 STATUS_TIMEOUT_S = 30.0
+# After a signal, answers that are running have so many seconds to end. Serve is asked at this interval whether they
+# have, and may take this long to say so.
+DRAIN_S, DRAIN_INTERVAL_S, DRAIN_TIMEOUT_S = 30.0, 0.2, 10.0
 # Characters of an error of Serve that the terminal shows.
 MOST_REASON = 300
 
@@ -374,7 +377,10 @@ class Runner:
                 what = f"with the applications of {self.start.file}" if self._serves else "which was not taken over"
                 self.view.event(f"leaving the Serve at {self.start.joins} running, {what}")
             else:
-                self.view.event("stopping; press Ctrl-C again to exit immediately")
+                self.view.event(
+                    f"stopping when running answers have ended, within {DRAIN_S:.0f} s; press Ctrl-C again to exit "
+                    "immediately"
+                )
         finally:  # This happens whatever becomes of the terminal.
             problem = self._shut_down(ray, ends_serve)
         if problem:
@@ -383,12 +389,28 @@ class Runner:
         self.view.event(f"{self.start.command} has stopped")
         return not problem
 
+    def _drain(self) -> None:
+        """Ends the models that serve, and waits for their answers. The routers pass these on meanwhile, and refuse new
+        requests with 503. A model that still loads has none and is not waited for."""
+        from serve_app.cli.start.progress import read_states
+        from serve_app.ray_serve import end_applications, serve_details
+
+        states = read_states(serve_details(DRAIN_TIMEOUT_S)["applications"], self.start.others)
+        serving = {name for name, item in states.items() if item.is_model and item.state == "ready"}
+        if not serving:
+            return
+        end_applications(sorted(serving), DRAIN_TIMEOUT_S)
+        deadline = time.monotonic() + DRAIN_S
+        while serving & serve_details(DRAIN_TIMEOUT_S)["applications"].keys() and time.monotonic() < deadline:
+            time.sleep(DRAIN_INTERVAL_S)
+
     def _shut_down(self, ray: ModuleType, ends_serve: bool) -> str:
         """Returns why Serve could not be stopped, or an empty text. Ray's head may be dead, for example."""
         try:
             if ends_serve:
                 from ray import serve
 
+                self._drain()
                 serve.shutdown()
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_REASON]}"

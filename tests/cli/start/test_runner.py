@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +43,8 @@ class World:
         self.applications: dict[str, Any] | None = None
         # Those of them that the run has deployed, as Serve reports them.
         self.served: dict[str, Any] = {}
+        # So many looks after the models were told to end, they are gone.
+        self.looks_to_end = 0
         # The models of the file that no node could hold, and why.
         self.unplaced: dict[str, ServeAppError] = {}
         # Called in the place of the step of that name.
@@ -61,6 +63,7 @@ class World:
         monkeypatch.setattr(ray_serve, "controller", self._controller)
         monkeypatch.setattr(ray_serve, "serve_details", self._details)
         monkeypatch.setattr(ray_serve, "deploy", self._deploy)
+        monkeypatch.setattr(ray_serve, "end_applications", self._end)
         monkeypatch.setattr(runner_module, "require_serves_schema", lambda _: None)
         monkeypatch.setattr(runner_module, "ray_nodes", lambda: [])
         monkeypatch.setattr(runner_module, "ray_inventory", lambda: Inventory(()))
@@ -98,9 +101,21 @@ class World:
         self._note("deploy")
         items = document.get("applications", ())
         self.served = {item["name"]: served_application(item) for item in items if isinstance(item, dict)}
+        self.instead.get("serve.deployed", lambda: None)()
 
     def _details(self, _: float) -> dict[str, Any]:
-        return {"applications": {**(self.applications or {}), **self.served}}
+        if self.ending_names:
+            self.looks_to_end -= 1
+        if self.looks_to_end < 0:
+            self.served = {name: item for name, item in self.served.items() if name not in self.ending_names}
+        others = {name: {"deployments": {}, "message": ""} | item for name, item in (self.applications or {}).items()}
+        return {"applications": others | self.served}
+
+    def _end(self, names: list[str], _: float) -> None:
+        self.ending_names = names
+        self._note(f"end {' '.join(names)}")
+
+    ending_names: Sequence[str] = ()
 
     def _watch(self, *_: Any) -> Any:
         raise self.ending
@@ -111,7 +126,11 @@ class World:
 def served_application(config: dict[str, Any]) -> dict[str, Any]:
     """An application as Serve reports it."""
     shown = ServeApplicationSchema.model_validate(config).model_dump(exclude_unset=True)
-    return {"status": "RUNNING", "source": "declarative", "deployed_app_config": shown}
+    deployment = {"status": "HEALTHY", "message": "", "replicas": [{"state": "RUNNING"}]}
+    return {
+        "status": "RUNNING", "source": "declarative", "deployed_app_config": shown, "message": "",
+        "deployments": {"Model": deployment} if shown["import_path"].endswith(":model") else {},
+    }  # fmt: skip
 
 
 @pytest.fixture(name="world")
@@ -144,6 +163,54 @@ def test_a_signal_ends_everything_with_code_0(world: World) -> None:
     """Serve before Ray."""
     assert runner().run() == 0
     assert world.calls == ["ray.init", "serve.start", "deploy", "serve.shutdown", "ray.shutdown"]
+
+
+ROUTED = {
+    "applications": [
+        {"name": "router", "import_path": "serve_app.app:router"},
+        {"name": "a", "import_path": "serve_app.app:model", "route_prefix": "/a"},
+        {"name": "b", "import_path": "serve_app.app:model", "route_prefix": "/b"},
+    ]
+}
+
+
+def routed_runner(stream: io.StringIO) -> Runner:
+    """A run of a file with a router and two models."""
+    applications = [ApplicationSpec.model_validate(item) for item in ROUTED["applications"]]
+    return Runner(Start(Path("x.yaml"), ROUTED, applications, None, Path("/where")), StartView(stream))
+
+
+def test_a_signal_ends_the_models_first_and_waits_for_their_answers(world: World) -> None:
+    """The router goes on until they are gone."""
+    stream, world.looks_to_end = io.StringIO(), 2
+    looks = list[int]()
+    world.instead["serve.shutdown"] = lambda: looks.append(world.looks_to_end)
+    assert routed_runner(stream).run() == 0
+    assert world.calls == ["ray.init", "serve.start", "deploy", "end a b", "serve.shutdown", "ray.shutdown"]
+    assert looks == [-1]
+    assert "stopping when running answers have ended, within 30 s" in stream.getvalue()
+
+
+def test_answers_that_do_not_end_are_waited_for_a_bounded_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then Serve ends with them."""
+    monkeypatch.setattr(runner_module, "DRAIN_S", 0.3)
+    world.looks_to_end = 10**6
+    assert routed_runner(io.StringIO()).run() == 0
+    assert world.calls[-3:] == ["end a b", "serve.shutdown", "ray.shutdown"]
+
+
+def test_a_model_that_loads_is_not_waited_for(world: World) -> None:
+    """It has no answers."""
+
+    def load() -> None:
+        for item in world.served.values():
+            for deployment in item["deployments"].values():
+                deployment["replicas"] = [{"state": "STARTING"}]
+            item["status"] = "DEPLOYING"
+
+    world.instead["serve.deployed"] = load
+    assert routed_runner(io.StringIO()).run() == 0
+    assert world.calls[-3:] == ["deploy", "serve.shutdown", "ray.shutdown"]
 
 
 @pytest.mark.parametrize(("mode", "words"), [(None, "export RAY_AUTH_MODE=token and "), ("disabled", "")])
