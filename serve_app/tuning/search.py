@@ -132,12 +132,22 @@ def propose(space: Space, known: Sequence[Known], least_gain: float = LEAST_GAIN
 
 
 def best_of(space: Space, known: Sequence[Known]) -> list[Known]:
-    """Returns the points that have not failed, the best first, by what the process makes of their scores."""
+    """Returns the points that have not failed, the best first, by what the process makes of their scores. Of those that
+    are as good as the best one, since starts differ by more, the one that changes the fewest fields comes first."""
     good = [item for item in known if item.value > 0]
     if len(good) < 2:
         return good
-    model = Model(space.axes, known)
-    return sorted(good, key=lambda item: -model.predicted(item.point)[0])
+    model, own = Model(space.axes, known), dict(space.default)
+    means = {key_of(item.point): model.predicted(item.point)[0] for item in good}
+    best = max(means.values())
+
+    def place(item: Known) -> tuple[bool, int, float]:
+        mean = means[key_of(item.point)]
+        is_worse = mean < best - START_NOISE
+        changed = sum(value != own[key] for key, value in item.point)
+        return is_worse, 0 if is_worse else changed, -mean
+
+    return sorted(good, key=place)
 
 
 def field_gains(space: Space, known: Sequence[Known], point: Point) -> Mapping[tuple[str, str], float]:

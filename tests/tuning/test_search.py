@@ -48,6 +48,17 @@ def test_it_finds_the_best_in_nine_starts(seed: int) -> None:
     assert found_after(9, where, rate, seed) >= 0.95
 
 
+def test_of_equal_points_the_one_that_changes_least_is_the_best() -> None:
+    """A gain that starts of the same settings have by themselves is no reason to change a field."""
+    where = space()
+    worths = [100.0 * (1.01 if index else 1.0) for index, _ in enumerate(where.points)]
+    known = [Known(at, worth, 0.01) for at, worth in zip(where.points, worths, strict=True)]
+    assert key_of(best_of(where, known)[0].point) == key_of(where.default)
+    better = [replace(item, value=item.value * 1.5) if key_of(item.point) != key_of(where.default) else item
+              for item in known]  # fmt: skip
+    assert sum(value != dict(where.default)[key] for key, value in best_of(where, better)[0].point) == 1
+
+
 def test_the_file_comes_first_and_nothing_twice() -> None:
     """Until nothing is left."""
     where, known = space(), list[Known]()
