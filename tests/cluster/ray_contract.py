@@ -86,6 +86,8 @@ def calls(model: str) -> dict[str, Callable[[], Any]]:
         "http_options_of_controller": lambda: asyncio.run(ray_serve.http_options_of_controller()).port,
         "listening_host": ray_serve.listening_host,
         "watch_targets": lambda: asyncio.run(targets()),
+        # What becomes of the requests of one that runs is seen in `test_run.py`.
+        "end_applications": lambda: ray_serve.end_applications(["nobody"], TIMEOUT_S),
         "groups": groups,
         "parent_of_a_worker": parent_of_a_worker,
         "available_by_node": lambda: [sorted(left) for left in ray_serve.available_by_node().values()],

@@ -28,6 +28,7 @@ def told(run: ServeRun) -> dict[str, Any]:
         ("store", [True, True, True]),
         ("running_replicas", {"tiny-pt": 1, "nobody": 0}),
         ("listening_host", "127.0.0.1"),
+        ("end_applications", None),
         ("parent_of_a_worker", "raylet"),
         ("groups", [[{"memory": 1.0}, {"memory": 2.0}], True, [{"nothing": 1.0}, {"nothing": 2.0}]]),
     ],

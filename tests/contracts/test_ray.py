@@ -33,7 +33,7 @@ WITH_A_CLUSTER = called_in_a_cluster(
     ray_serve.run_of_serve, ray_serve.store, ray_serve.stored, ray_serve.stored_keys,
     ray_serve.delete_stored, ray_serve.instance_details, ray_serve.serve_details, ray_serve.running_replicas,
     ray_serve.http_options, ray_serve.http_options_of_controller, ray_serve.listening_host, ray_serve.watch_targets,
-    ray_serve.available_by_node, ray_serve.own_bundles, ray_serve.waiting_bundles,
+    ray_serve.available_by_node, ray_serve.own_bundles, ray_serve.waiting_bundles, ray_serve.end_applications,
 )  # fmt: skip
 OPTIONS, DOOR = "serve_app/deploy/options.py", "serve_app/access/door.py"
 CONFIGS = sorted((ROOT / "deploy_configs").glob("*.yaml"))

@@ -391,7 +391,14 @@ class Runner:
 
     def _drain(self) -> None:
         """Ends the models that serve, and waits for their answers. The routers pass these on meanwhile, and refuse new
-        requests with 503. A model that still loads has none and is not waited for."""
+        requests with 503. A model that still loads has none and is not waited for. If Serve does not answer, it is
+        stopped all the same."""
+        from serve_app.cli.start.watch import UNREACHABLE
+
+        with contextlib.suppress(*UNREACHABLE):
+            self._end_serving()
+
+    def _end_serving(self) -> None:
         from serve_app.cli.start.progress import read_states
         from serve_app.ray_serve import end_applications, serve_details
 
