@@ -50,7 +50,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--measure", default="8s")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--repeat", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.repeat in (1, 2):
+        parser.error("--repeat must be 3 or more, because a deviation is told without the first start too")
+    return options
 
 
 def setup_of(options: argparse.Namespace) -> Setup:

@@ -391,8 +391,8 @@ class Runner:
 
     def _drain(self) -> None:
         """Ends the models that serve, and waits for their answers. The routers pass these on meanwhile, and refuse new
-        requests with 503. A model that still loads has none and is not waited for. If Serve does not answer, it is
-        stopped all the same."""
+        requests. A model that still loads has none and is not waited for. If Serve does not answer, it is stopped all
+        the same."""
         from serve_app.cli.start.watch import UNREACHABLE
 
         with contextlib.suppress(*UNREACHABLE):
