@@ -1,12 +1,13 @@
 """Says which of the measured points is the best, by how much, and how sure that is. It is pure."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serve_app.tuning.journal import Trial
 from serve_app.tuning.objective import Objective, Score, score
-from serve_app.tuning.search import Known, best_of
+from serve_app.tuning.search import START_NOISE, Known, best_of
 from serve_app.tuning.space import Point, Space, key_of
 
 # A gain is given with the interval that has it in 95 of 100 cases if starts differ as much as `BETWEEN_STARTS` says,
@@ -15,6 +16,10 @@ DEVIATIONS, BETWEEN_STARTS = 1.96, 0.04
 # Confirming runs of the best point have a run of the file's own between them (A-B-A), so a machine that becomes slower
 # or faster meanwhile shows.
 CONFIRMING = ("best", "file", "best")
+# If they leave it open whether the best is better, the two are started again in turn while starts are left, up to so
+# many of each. Each further look is a further chance to be wrong, so there are few: see
+# `test_equal_settings_are_rarely_called_better`.
+MOST_STARTS_OF_EACH = 4
 NOISE_OF_A_LOOK = 0.1
 # So many points are confirmed in turn if they miss the limits when they are measured again.
 MOST_CONFIRMED = 3
@@ -33,6 +38,11 @@ class Gain:
     def is_sure(self) -> bool:
         """Returns whether the point is better beyond what the noise could be."""
         return self.low > 1
+
+    @property
+    def is_open(self) -> bool:
+        """Returns whether more starts could show that the point is better by more than what is not worth a change."""
+        return not self.is_sure and self.ratio > math.exp(START_NOISE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,12 @@ def to_confirm(objective: Objective, space: Space, trials: Sequence[Trial]) -> P
     own, of_file = confirming.count(best), confirming.count(default)
     if own >= 1 and of_file < 1 and any(key_of(item.point) == default for item in ranked):
         return space.default
-    return ranked[0].point if own < CONFIRMING.count("best") else None
+    if own < CONFIRMING.count("best"):
+        return ranked[0].point
+    gain = _gain(objective, trials, ranked[0].point, space.default)
+    if gain is None or not gain.is_open or of_file >= MOST_STARTS_OF_EACH:
+        return None
+    return space.default if of_file < own else ranked[0].point
 
 
 def verdict(objective: Objective, space: Space, trials: Sequence[Trial]) -> Verdict:
@@ -157,10 +172,17 @@ def _gain(objective: Objective, trials: Sequence[Trial], best: Point, default: P
         return None
     logs = [[math.log(found.value) for found in group] for group in (ours, theirs)]
     ratio = sum(logs[0]) / len(logs[0]) - sum(logs[1]) / len(logs[1])
-    within = [
-        sum(found.noise**2 for found in group) / len(group) ** 2 + BETWEEN_STARTS**2 / len(group)
-        for group in (ours, theirs)
-    ]
-    drift = (max(logs[0]) - min(logs[0])) / 2
-    wide = DEVIATIONS * math.sqrt(sum(within) + drift**2)
+    variance = sum(
+        _variance(group, [found.noise for found in scores]) for group, scores in zip(logs, (ours, theirs), strict=True)
+    )
+    wide = DEVIATIONS * math.sqrt(variance)
     return Gain(math.exp(ratio), math.exp(ratio - wide), math.exp(ratio + wide), len(ours) + len(theirs))
+
+
+def _variance(logs: Sequence[float], noises: Sequence[float]) -> float:
+    """Returns the variance of the mean of the logarithms of scores: of the noise within the starts, of what starts
+    usually differ, and of what these ones differ. The last is not taken instead of the others, because two or three
+    starts can be alike by chance."""
+    count = len(logs)
+    spread = statistics.variance(logs) if count > 1 else 0.0
+    return (sum(noise**2 for noise in noises) / count + BETWEEN_STARTS**2 + spread) / count
