@@ -5,7 +5,7 @@
 Each point is started once, in an order that is drawn. The journal has the trials, and the same command goes on from it.
 Prints a table, the best first. `benchmarks.tune_search` lets ways to search loose on such a journal. With `--repeat 6`,
 the file as it is is started so many times instead, and the standard deviation of the logarithm of its score is printed,
-which `serve_app.tuning.verdict.BETWEEN_STARTS` has to cover.
+which `serve_app.tuning.search.START_NOISE` has to cover.
 """
 
 import argparse
@@ -37,6 +37,9 @@ class Lines:
         """Says nothing."""
 
     def ended(self, trial: Trial, worth: Score) -> None:
+        """Says nothing."""
+
+    def cut(self, trial: Trial) -> None:
         """Says nothing."""
 
 
@@ -92,8 +95,10 @@ def main() -> None:
             print(f"{number}/{len(left)} {title(point, space.default)}: {worth.value:.0f} {worth.why}", flush=True)
     scores = [(score_of(Objective(), trial).value, trial) for trial in journal.trials]
     if options.repeat:
-        logs = [math.log(value) for value, _ in scores]
+        logs = [math.log(value) for value, _ in scores if value > 0]
         print(f"scores in turn: {', '.join(f'{value:.0f}' for value, _ in scores)}")
+        if len(logs) < 3:
+            raise SystemExit("Too few starts could be used to tell a deviation.")
         print(f"deviation: {statistics.stdev(logs):.3f}, without the first: {statistics.stdev(logs[1:]):.3f}")
         return
     own = next(value for value, trial in scores if key_of(trial.point) == key_of(space.default))

@@ -2,7 +2,8 @@
 
     python -m benchmarks.tune_search grid.jsonl [--starts 5 7 9] [--draws 50]
 
-The journal is one of `benchmarks.tune_grid`. A start of a point gives its recorded score with 2 % of noise. Prints for
+The journal is one of `benchmarks.tune_grid`. A start of a point gives its recorded score with the noise of
+`serve_app.tuning.search.START_NOISE`, the same for all ways. Prints for
 each way and number of starts the mean and the worst of what was found, as a share of the best of the grid.
 """
 

@@ -52,16 +52,24 @@ class Target:
     vocabulary: int
 
 
-async def run_level(target: Target, workload: Workload, level: Level, warm_up_s: float, seconds: float) -> Measurement:
+async def run_level(
+    target: Target,
+    workload: Workload,
+    level: Level,
+    warm_up_s: float,
+    seconds: float,
+    together: asyncio.Barrier | None = None,
+) -> Measurement:
     """Sends a load for at least `warm_up_s` and then at least `seconds`, and returns what was seen after the warm-up.
 
     The load goes on until the requests that were due in these seconds have ended, because the last ones would be
-    faster on a server that becomes empty."""
+    faster on a server that becomes empty. The loads of several models have a barrier of so many parties: what counts
+    begins when all are warm, and ends when all have enough, and no load ends before the others."""
     timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**20) as session:
         load = _Load(session, target.url, _bodies(target, workload, f"{level.title} for {seconds:g} s"))
-        begin, end = await load.run(level, warm_up_s, seconds)
+        begin, end = await load.run(level, warm_up_s, seconds, together)
         return measured(target.model, level, load.samples, begin, end)
 
 
@@ -80,7 +88,9 @@ class _Load:
     def _now(self) -> float:
         return time.perf_counter() - self._begin
 
-    async def run(self, level: Level, warm_up_s: float, seconds: float) -> tuple[float, float]:
+    async def run(
+        self, level: Level, warm_up_s: float, seconds: float, together: asyncio.Barrier | None
+    ) -> tuple[float, float]:
         """Sends the level, and returns when what counts of it began and ended."""
         source = asyncio.create_task(
             self._open(level.rate) if level.rate else self._closed(level.clients, warm_up_s), name="load"
@@ -88,12 +98,15 @@ class _Load:
         try:
             least = level.clients or 1
             await self._until(source, lambda: len(self._answered) >= least, warm_up_s, MOST_WARM_UP_S)
+            await _meet(together)
             begin = self._now()
             await self._until(source, lambda: self._ended_since(begin), begin + seconds, begin + MOST_STRETCH * seconds)
+            await _meet(together)
             end = self._now()
             await self._until(source, lambda: not self._running(end), end, end + DRAIN_TIMEOUT_S)
             late = f"no answer {DRAIN_TIMEOUT_S:g} s after the load"
             self.samples += [Sample(due, None, self._now(), 0, late) for due in self._running(end)]
+            await _meet(together)
         finally:
             source.cancel()
             await asyncio.gather(source, return_exceptions=True)
@@ -166,6 +179,12 @@ class _Load:
         self.samples.append(Sample(due, heard.first, self._now(), heard.tokens, heard.error))
         if heard.error:
             await asyncio.sleep(0.1)  # A server that refuses at once would be asked in a busy loop.
+
+
+async def _meet(together: asyncio.Barrier | None) -> None:
+    """Waits until the loads of all models are here."""
+    if together is not None:
+        await together.wait()
 
 
 @dataclass

@@ -109,7 +109,8 @@ def broken(objective: Objective, found: Measurement) -> str:
     where = found.level.title
     if found.errors:
         text, count = max(found.errors.items(), key=lambda pair: pair[1])
-        return f"{count} requests failed at {where}: {text}"
+        requests = "1 request" if count == 1 else f"{count} requests"
+        return f"{requests} failed at {where}: {text}"
     if found.tokens_per_s <= 0:
         return f"no token came at {where}"
     if objective.has_limits and not math.isfinite(found.ttft_p95_s):

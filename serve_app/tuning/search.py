@@ -18,13 +18,16 @@ from serve_app.tuning.space import Axis, Point, Space, key_of
 # So many points are chosen far from each other before the process chooses.
 FIRST_POINTS = 4
 # A further point is worth a start if it is expected to be better than the best by this share.
-LEAST_GAIN = 0.005
+LEAST_GAIN = 0.002
 # These are the lengths that an axis may have: on a short one nearby values say little of each other, and a long one
 # hardly matters.
 LENGTHS = (0.3, 1.0, 3.0, 10.0)
 SWEEPS = 2
-# A score differs between two starts by about this share, beyond what differs within one.
-START_NOISE = 0.02
+# This is the standard deviation of the logarithm of a score between starts of the same settings, beyond what differs
+# within one. `benchmarks.tune_grid --repeat` measured it on a machine with two processors.
+START_NOISE = 0.04
+# Points whose predicted scores differ by no more than this share are equally good.
+AS_GOOD = 0.02
 # The standard deviation of the logarithms of scores may be one of these.
 DEVIATIONS = (0.03, 0.1, 0.3, 0.6)
 # This share of the variance is what the axes bring together, beyond the sum of what each brings.
@@ -133,7 +136,7 @@ def propose(space: Space, known: Sequence[Known], least_gain: float = LEAST_GAIN
 
 def best_of(space: Space, known: Sequence[Known]) -> list[Known]:
     """Returns the points that have not failed, the best first, by what the process makes of their scores. Of those that
-    are as good as the best one, since starts differ by more, the one that changes the fewest fields comes first."""
+    are as good as the best one, because starts differ by more, the one that changes the fewest fields comes first."""
     good = [item for item in known if item.value > 0]
     if len(good) < 2:
         return good
@@ -143,7 +146,7 @@ def best_of(space: Space, known: Sequence[Known]) -> list[Known]:
 
     def place(item: Known) -> tuple[bool, int, float]:
         mean = means[key_of(item.point)]
-        is_worse = mean < best - START_NOISE
+        is_worse = mean < best - AS_GOOD
         changed = sum(value != own[key] for key, value in item.point)
         return is_worse, 0 if is_worse else changed, -mean
 

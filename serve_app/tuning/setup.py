@@ -1,5 +1,6 @@
 """Reads what is to be tuned: the models of a file, the machine, and which settings have room on it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,8 +59,8 @@ class Setup:
 
 def levels_of(clients: Sequence[int], rates: Sequence[float], objective: Objective) -> tuple[Level, ...]:
     """Returns the levels of load. Raises ConfigError for numbers that are none."""
-    if any(count < 1 for count in clients) or any(rate <= 0 for rate in rates):
-        raise ConfigError("tune: --clients and --rate must be above 0.")
+    if any(count < 1 for count in clients) or any(not 0 < rate < math.inf for rate in rates):
+        raise ConfigError("tune: --clients and --rate must be numbers above 0.")
     has_limits = objective.ttft_p95_s is not None or objective.tpot_p95_s is not None
     counts = clients or (() if rates else RISING if has_limits else CLIENTS)
     return (
@@ -133,6 +134,8 @@ def _chosen(applications: Sequence[ApplicationSpec], names: Sequence[str], file:
             raise ConfigError(
                 f"--model {name}: {file} has no such model.{nearest(name, models)} It has {', '.join(models)}."
             )
+    if not models:
+        raise ConfigError(f"tune: {file} has no model.")
     if not names and len(models) != 1:
         raise ConfigError(f"tune: {file} has {len(models)} models. Name those to tune by --model: {', '.join(models)}.")
     return {name: models[name] for name in names or models}

@@ -19,15 +19,24 @@ from serve_app.tuning.own_serve import StartError
 from serve_app.tuning.search import propose
 from serve_app.tuning.served_file import document_of
 from serve_app.tuning.space import Point, Space
-from serve_app.tuning.verdict import CONFIRMING, Verdict, known_of, score_of, to_confirm, verdict
+from serve_app.tuning.verdict import (
+    CONFIRMING,
+    MOST_STARTS_OF_EACH,
+    Verdict,
+    known_of,
+    score_of,
+    to_confirm,
+    verdict,
+)
 from serve_app.tuning.workload import Workload
 
 # A trial whose first level shows less than this share of the best score is not measured further.
 HOPELESS = 0.75
 # The first look at a level takes this share of its time.
 PROBE = 0.4
-# Of all starts, one in so many is kept to confirm the best, until there are enough.
-START_PER_CONFIRMING = 3
+# Of all starts, one in so many is kept to confirm the best, until there are enough. Beyond these, one in so many is
+# kept to start again what noise hides.
+START_PER_CONFIRMING, START_PER_REPEAT = 3, 4
 # Until a trial has been measured, one is taken to last so many seconds, beside its load.
 GUESSED_START_S = 60.0
 # A start may take so many seconds even if the budget ends meanwhile.
@@ -107,9 +116,16 @@ class View(Protocol):
     def ended(self, trial: Trial, worth: Score) -> None:
         """Is told of each trial that has ended."""
 
+    def cut(self, trial: Trial) -> None:
+        """Is told of a trial whose models were not ready when the budget was over. It is not kept."""
+
+
+class BudgetOver(Exception):
+    """The budget was over before the models were ready, which says nothing of their settings."""
+
 
 # Sends a level of load, as `run_level` does.
-Send = Callable[[Target, Workload, Level, float, float], Awaitable[Measurement]]
+Send = Callable[[Target, Workload, Level, float, float, asyncio.Barrier | None], Awaitable[Measurement]]
 
 
 class Tuner:
@@ -141,7 +157,11 @@ class Tuner:
         journal."""
         while (found := self._next()) is not None:
             point, purpose = found
-            self._journal.add(self.measure(point, purpose))
+            try:
+                self._journal.add(self.measure(point, purpose))
+            except BudgetOver:
+                self._view.cut(Trial(point, purpose, "failed"))
+                break
             self._view.ended(self._journal.trials[-1], score_of(self._task.objective, self._journal.trials[-1]))
         return self.verdict
 
@@ -154,11 +174,9 @@ class Tuner:
         unconfirmed = to_confirm(task.objective, task.space, trials)
         is_confirming = unconfirmed is not None and any(trial.purpose == "confirm" for trial in trials)
         starts_left = task.max_starts - len(trials)
-        kept = min(len(CONFIRMING), task.max_starts // START_PER_CONFIRMING)
-        if task.objective.has_limits:  # A point counts only if it keeps to them in another start.
-            kept = max(kept, 1)
+        kept = kept_of(task.max_starts, task.objective.has_limits)
         if not is_confirming and starts_left > kept and self._has_time_for(1 + kept):
-            point = propose(task.space, known_of(task.objective, trials))
+            point = propose(task.space, known_of(task.objective, task.space, trials))
             if point is not None:
                 return point, "search"
         if unconfirmed is not None and starts_left > 0 and self._has_time_for(1):
@@ -175,7 +193,7 @@ class Tuner:
         return self._task.budget_s - (time.monotonic() - self._began)
 
     def measure(self, point: Point, purpose: Purpose) -> Trial:
-        """Serves a point, sends it all levels, and returns what came out of it."""
+        """Serves a point, sends it all levels, and returns what came out of it. Raises BudgetOver."""
         begin = time.monotonic()
         trial = Trial(point, purpose, "done", at=datetime.now(UTC).isoformat(timespec="seconds"))
         self._view.began(trial, len(self._journal.trials) + 1, self._left_s())
@@ -186,6 +204,8 @@ class Tuner:
                 if trial.status == "failed":
                     self._server.close()
         except StartError as error:
+            if self._left_s() <= 0 and time.monotonic() - begin < self._task.start_timeout_s:
+                raise BudgetOver from None
             trial = replace(trial, status="failed", why=str(error))
         return replace(trial, total_s=time.monotonic() - begin)
 
@@ -272,11 +292,12 @@ class Tuner:
         """Sends one level to all models at once."""
 
         async def all_models() -> list[Measurement]:
+            together = asyncio.Barrier(len(self._task.models)) if len(self._task.models) > 1 else None
             return await asyncio.gather(
                 *(
                     self._send(
                         Target(serve.url, model, self._task.vocabularies[model]), self._task.workloads[model], level,
-                        self._task.warm_up_s + warm_up_s, self._task.measure_s * share,
+                        self._task.warm_up_s + warm_up_s, self._task.measure_s * share, together,
                     )
                     for model in self._task.models
                 )
@@ -286,6 +307,13 @@ class Tuner:
         for item in found:
             self._view.measured(item)
         return found
+
+
+def kept_of(max_starts: int, has_limits: bool) -> int:
+    """Returns how many starts are kept to confirm. With limits there is one at least, because a point counts only if it
+    keeps to them in another start."""
+    first = min(len(CONFIRMING), max_starts // START_PER_CONFIRMING)
+    return max(first, min(2 * MOST_STARTS_OF_EACH, max_starts // START_PER_REPEAT), int(has_limits))
 
 
 def _is_clean(found: Sequence[Measurement], level: Level) -> bool:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from serve_app.tuning.journal import Trial
 from serve_app.tuning.objective import Objective, Score, score
-from serve_app.tuning.search import START_NOISE, Known, best_of
+from serve_app.tuning.search import AS_GOOD, START_NOISE, Known, best_of
 from serve_app.tuning.space import Point, Space, key_of
 
-# A gain is given with the interval that has it in 95 of 100 cases if starts differ as much as `BETWEEN_STARTS` says,
-# which is the standard deviation of the logarithm of a score between two starts on a machine of two processors.
-DEVIATIONS, BETWEEN_STARTS = 1.96, 0.04
+# A gain is given with the interval that has it in 95 of 100 cases if starts differ at least as much as `START_NOISE`
+# says.
+DEVIATIONS = 1.96
 # Confirming runs of the best point have a run of the file's own between them (A-B-A), so a machine that becomes slower
 # or faster meanwhile shows.
 CONFIRMING = ("best", "file", "best")
@@ -42,7 +42,7 @@ class Gain:
     @property
     def is_open(self) -> bool:
         """Returns whether more starts could show that the point is better by more than what is not worth a change."""
-        return not self.is_sure and self.ratio > math.exp(START_NOISE)
+        return not self.is_sure and self.ratio > math.exp(AS_GOOD)
 
 
 @dataclass(frozen=True)
@@ -62,53 +62,60 @@ def score_of(objective: Objective, trial: Trial) -> Score:
     return Score(0.0, why=trial.why) if trial.status == "failed" else score(objective, trial.measurements)
 
 
-def known_of(objective: Objective, trials: Sequence[Trial]) -> list[Known]:
-    """Returns what the search knows. A point that missed a limit when it was measured again counts as failed."""
-    found: dict[str, Known] = {}
-    for trial in trials:
-        worth = score_of(objective, trial)
-        key = key_of(trial.point)
-        if trial.purpose == "search":
-            # A first look is shorter, and it comes while caches fill.
-            noise = worth.noise + (NOISE_OF_A_LOOK if trial.status == "stopped" else 0.0)
-            found[key] = Known(trial.point, worth.value, noise)
-        elif not worth.is_valid:
-            found[key] = Known(trial.point, 0.0)
-    return list(found.values())
+def known_of(objective: Objective, space: Space, trials: Sequence[Trial]) -> list[Known]:
+    """Returns what the search knows of each point that was started: the mean of its confirming starts once it has all
+    of them, and what its first start has shown until then. One that is refuted counts as failed."""
+    found = []
+    for own in _by_point(trials).values():
+        point = own[0].point
+        if _refuting(objective, space, own) is not None:
+            found.append(Known(point, 0.0))
+            continue
+        judged = _unbiased(space, own)
+        if len(judged) < CONFIRMING.count("best"):
+            judged = own[:1]
+        worth = _mean([score_of(objective, trial) for trial in judged])
+        # A first look is shorter, and it comes while caches fill.
+        noise = worth.noise + (NOISE_OF_A_LOOK if own[0].status == "stopped" else 0.0)
+        found.append(Known(point, worth.value, noise))
+    return found
 
 
 def to_confirm(objective: Objective, space: Space, trials: Sequence[Trial]) -> Point | None:
     """Returns the point to start next in order to confirm the best, or None if nothing is left to confirm. The file's
     own point, if it is the best, is confirmed only if there are limits that it has to keep to."""
-    ranked = best_of(space, known_of(objective, trials))
+    ranked = best_of(space, known_of(objective, space, trials))
     if not ranked:
         return None
-    best, default = key_of(ranked[0].point), key_of(space.default)
-    confirming = [key_of(trial.point) for trial in trials if trial.purpose == "confirm"]
+    point = ranked[0].point
+    best, default = key_of(point), key_of(space.default)
+    confirming = [trial for trial in trials if trial.purpose == "confirm"]
     if best == default:
-        return space.default if objective.has_limits and default not in confirming else None
-    if len({*confirming} - {best, default}) >= MOST_CONFIRMED:
+        is_new = default not in map(_key, confirming)
+        return space.default if objective.has_limits and is_new else None
+    if len({*map(_key, confirming)} - {best, default}) >= MOST_CONFIRMED:
         return None
-    own, of_file = confirming.count(best), confirming.count(default)
-    if own >= 1 and of_file < 1 and any(key_of(item.point) == default for item in ranked):
+    own, of_file = (_valid(objective, group) for group in _side_by_side(trials, point, space.default))
+    if own and not of_file and any(key_of(item.point) == default for item in ranked):
         return space.default
-    if own < CONFIRMING.count("best"):
-        return ranked[0].point
-    gain = _gain(objective, trials, ranked[0].point, space.default)
-    if gain is None or not gain.is_open or of_file >= MOST_STARTS_OF_EACH:
+    if len(own) < CONFIRMING.count("best"):
+        return point
+    gain = _gain(objective, space, trials, point)
+    if gain is None or not gain.is_open or len(of_file) >= MOST_STARTS_OF_EACH:
         return None
-    return space.default if of_file < own else ranked[0].point
+    return space.default if len(of_file) < len(own) else point
 
 
 def verdict(objective: Objective, space: Space, trials: Sequence[Trial]) -> Verdict:
     """Returns the point to use by what was measured so far."""
-    ranked = best_of(space, known_of(objective, trials))
+    ranked = best_of(space, known_of(objective, space, trials))
     own = _own(objective, space, trials)
     if not ranked:
         return Verdict(space.default, own, None, f"no setting could be used; of the file's own: {own.why}")
-    best = ranked[0].point
-    worth = _mean([score_of(objective, trial) for trial in _of(trials, best)])
-    is_again = any(trial.purpose == "confirm" for trial in _of(trials, best))
+    best = _winner(objective, space, trials, ranked)
+    started = _of(trials, best)
+    worth = _mean([score_of(objective, trial) for trial in _unbiased(space, started)])
+    is_again = any(trial.purpose == "confirm" for trial in started)
     if objective.has_limits and not is_again:
         why = "it was measured once, and no other start has confirmed that it keeps to the limits"
         return Verdict(best, worth, None, why, is_final=False)
@@ -116,7 +123,7 @@ def verdict(objective: Objective, space: Space, trials: Sequence[Trial]) -> Verd
     if key_of(best) == key_of(space.default):
         why = f"the file's own settings are the best of those that were measured{at}"
         return Verdict(best, worth, None, why)
-    gain = _gain(objective, trials, best, space.default)
+    gain = _gain(objective, space, trials, best)
     if not own.is_valid:
         return Verdict(best, worth, gain, f"the file's own settings cannot be used: {own.why}")
     if gain is None:
@@ -134,23 +141,72 @@ def verdict(objective: Objective, space: Space, trials: Sequence[Trial]) -> Verd
                                       f"cases, from {gain.starts} starts)")  # fmt: skip
 
 
+def _winner(objective: Objective, space: Space, trials: Sequence[Trial], ranked: Sequence[Known]) -> Point:
+    """Returns the point that a verdict is about: the one with the largest sure gain, or else the best one that was
+    confirmed, or else the best one. What was measured once does not go before what was confirmed."""
+    again = {_key(trial) for trial in trials if trial.purpose == "confirm"} - {key_of(space.default)}
+    confirmed = [item.point for item in ranked if key_of(item.point) in again]
+    gains = [(gain, point) for point in confirmed if (gain := _gain(objective, space, trials, point)) is not None]
+    sure = [(gain.ratio, point) for gain, point in gains if gain.is_sure]
+    if sure:
+        return max(sure, key=lambda pair: pair[0])[1]
+    return confirmed[0] if confirmed else ranked[0].point
+
+
 def _own(objective: Objective, space: Space, trials: Sequence[Trial]) -> Score:
-    """Returns the score of the file's own settings. What missed a limit once does not keep to it."""
-    found = [trial for trial in trials if key_of(trial.point) == key_of(space.default)]
-    scores = [score_of(objective, trial) for trial in found]
-    if not scores:
+    """Returns the score of the file's own settings."""
+    found = _of(trials, space.default)
+    if not found:
         return Score(0.0, why="it was not measured")
-    bad = next((one for one in scores if not one.is_valid), None)
-    if bad is not None and scores[0].is_valid:
-        return Score(0.0, why=f"when they were measured again, {bad.why}")
-    return bad or scores[0]
+    refuting = _refuting(objective, space, found)
+    if refuting is None:
+        return _mean([score_of(objective, trial) for trial in found])
+    first = score_of(objective, found[0])
+    return Score(0.0, why=f"when they were measured again, {refuting.why}") if first.is_valid else first
+
+
+def _refuting(objective: Objective, space: Space, trials: Sequence[Trial]) -> Score | None:
+    """Returns the score that refutes a point when it is started again, or None. What misses a limit once does not keep
+    to it, and what crashes once is left. Of the file's own, one crash may be chance, because it has to be compared."""
+    bad = [trial for trial in trials if trial.purpose == "confirm" and not score_of(objective, trial).is_valid]
+    is_own = key_of(trials[0].point) == key_of(space.default)
+    enough = 2 if is_own and all(trial.status == "failed" for trial in bad) else 1
+    return score_of(objective, bad[0]) if len(bad) >= enough else None
+
+
+def _key(trial: Trial) -> str:
+    return key_of(trial.point)
+
+
+def _by_point(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(_key(trial), []).append(trial)
+    return found
 
 
 def _of(trials: Sequence[Trial], point: Point) -> list[Trial]:
-    """Returns the confirming trials of a point, or all if there are none. The trial by which it was chosen is better
-    than it is on average, because it was chosen by it."""
-    found = [trial for trial in trials if key_of(trial.point) == key_of(point)]
-    return [trial for trial in found if trial.purpose == "confirm"] or found
+    return _by_point(trials).get(key_of(point), [])
+
+
+def _unbiased(space: Space, trials: Sequence[Trial]) -> Sequence[Trial]:
+    """Returns the trials of a point by which it is judged: its confirming ones, or all if there are none. The trial by
+    which it was chosen is better than it is on average, because it was chosen by it. The file's own was not chosen."""
+    if key_of(trials[0].point) == key_of(space.default):
+        return trials
+    return [trial for trial in trials if trial.purpose == "confirm"] or trials
+
+
+def _side_by_side(trials: Sequence[Trial], best: Point, default: Point) -> tuple[list[Trial], list[Trial]]:
+    """Returns the confirming trials of a point, and those of the file's own since the first of them. The machine may
+    have been slower or faster before: a journal may be of another day."""
+    confirming = [trial for trial in trials if trial.purpose == "confirm"]
+    begin = next((number for number, trial in enumerate(confirming) if _key(trial) == key_of(best)), len(confirming))
+    return _of(confirming[begin:], best), _of(confirming[begin:], default)
+
+
+def _valid(objective: Objective, trials: Sequence[Trial]) -> list[Score]:
+    return [worth for trial in trials if (worth := score_of(objective, trial)).is_valid]
 
 
 def _mean(scores: Sequence[Score]) -> Score:
@@ -161,28 +217,28 @@ def _mean(scores: Sequence[Score]) -> Score:
     return Score(value, math.sqrt(sum(found.noise**2 for found in good)) / len(good), good[0].level)
 
 
-def _gain(objective: Objective, trials: Sequence[Trial], best: Point, default: Point) -> Gain | None:
-    """Returns how much better the best point is by its confirming runs and those of the file's own between them."""
-    confirming = [trial for trial in trials if trial.purpose == "confirm"]
-    ours = [score_of(objective, trial) for trial in confirming if key_of(trial.point) == key_of(best)]
-    # The file's own first start did not decide that it was chosen, so it may stand for one between the others.
-    theirs = [score_of(objective, trial) for trial in _of(trials, default)]
-    ours, theirs = ([found for found in group if found.is_valid] for group in (ours, theirs))
+def _gain(objective: Objective, space: Space, trials: Sequence[Trial], best: Point) -> Gain | None:
+    """Returns how much better a point is than the file's own, by its confirming runs and those of the file's own
+    between them. If the file's own has none yet, its first start stands for one."""
+    ours, theirs = (_valid(objective, group) for group in _side_by_side(trials, best, space.default))
+    of_file = _valid(objective, _of(trials, space.default))
+    theirs = theirs or of_file
     if not ours or not theirs:
         return None
-    logs = [[math.log(found.value) for found in group] for group in (ours, theirs)]
-    ratio = sum(logs[0]) / len(logs[0]) - sum(logs[1]) / len(logs[1])
-    variance = sum(
-        _variance(group, [found.noise for found in scores]) for group, scores in zip(logs, (ours, theirs), strict=True)
-    )
-    wide = DEVIATIONS * math.sqrt(variance)
+    ratio = _mean_log(ours) - _mean_log(theirs)
+    wide = DEVIATIONS * math.sqrt(_variance(ours, ours) + _variance(theirs, of_file))
     return Gain(math.exp(ratio), math.exp(ratio - wide), math.exp(ratio + wide), len(ours) + len(theirs))
 
 
-def _variance(logs: Sequence[float], noises: Sequence[float]) -> float:
+def _mean_log(scores: Sequence[Score]) -> float:
+    return statistics.fmean(math.log(found.value) for found in scores)
+
+
+def _variance(scores: Sequence[Score], like: Sequence[Score]) -> float:
     """Returns the variance of the mean of the logarithms of scores: of the noise within the starts, of what starts
-    usually differ, and of what these ones differ. The last is not taken instead of the others, because two or three
-    starts can be alike by chance."""
-    count = len(logs)
-    spread = statistics.variance(logs) if count > 1 else 0.0
-    return (sum(noise**2 for noise in noises) / count + BETWEEN_STARTS**2 + spread) / count
+    usually differ, and of what starts of these settings, which are `like`, do differ. The last is not taken instead of
+    the others, because two or three starts can be alike by chance. It has in it that a start may keep to a limit only
+    at a lower load, and then has half the score."""
+    noise = statistics.fmean(found.noise**2 for found in scores)
+    spread = statistics.variance([math.log(found.value) for found in like]) if len(like) > 1 else 0.0
+    return (noise + START_NOISE**2 + spread) / len(scores)

@@ -127,8 +127,13 @@ def fitted(workload: Workload, max_model_len: int) -> Workload:
         )
         if not kept:
             raise ConfigError(f"{workload.name}: no request of it fits a context of {max_model_len} tokens.")
+        long = sum(size > room for size in sizes)
         left = len(workload.asks) - len(kept)
-        return replace(workload, asks=kept, note=f"{left} requests are longer than the context and were left out")
+        note = (
+            f"of {len(workload.asks)} requests, {left} were left out, because their prompts leave no room in the "
+            f"context, and {long - left} get shorter answers"
+        )
+        return replace(workload, asks=kept, note=note)
     factor = min(1.0, room / sizes[int(FITTING * (len(sizes) - 1))])
     asks = tuple(_shrunk(ask, factor, room) for ask in workload.asks)
     note = f"all lengths are {factor:.2f} of the workload's, so that they fit a context of {max_model_len} tokens"
@@ -146,7 +151,7 @@ def _read_log(file: Path) -> tuple[Ask, ...]:
     try:
         if file.stat().st_size > MOST_LOG_BYTES:
             raise ConfigError(f"{file}: it has more than {MOST_LOG_BYTES // 2**20} MiB. Give a part of it.")
-        lines = file.read_text().splitlines()
+        lines = file.read_text().split("\n")  # Texts may have other ends of lines in them, such as U+2028.
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}.") from None
     except UnicodeDecodeError:

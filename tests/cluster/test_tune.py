@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_and_leaves_nothing(command: list[str], tmp_path: P
     output, _ = again.communicate(timeout=TIMEOUT_S)
     assert again.returncode == 0, output
     assert len(clusters) == 1
-    assert "1 trials of an earlier run" in output
+    assert "Going on from 1 earlier trial in" in output
     assert trials(journal)[: len(first)] == first
     assert first[0]["status"] == "done"
     assert [trial["status"] for trial in trials(journal)] == ["done"] * 3

@@ -1,5 +1,7 @@
 """A machine whose speed follows from the settings by a formula, so that nothing depends on the time of a test."""
 
+import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,15 +18,15 @@ class MadeMachine:
     """Serves and is sent loads. The first model's `max_num_seqs` requests run at one time, and the others wait.
 
     `crashes` is a batch with which it does not start, and `dies` one with which its process is another one afterwards.
-    `interrupts` is one with which Ctrl-C comes. `stopped` counts the ends, and `closed` those of the whole machine.
-    Requests fail from `refuses` clients on.
+    `interrupts` is one with which Ctrl-C comes, and `slow` one that takes longer to start than a tenth of a second.
+    `stopped` counts the ends, and `closed` those of the whole machine. Requests fail from `refuses` clients on.
     """
 
-    def __init__(self, crashes: int = 0, dies: int = 0, interrupts: int = 0, refuses: int = 1000):
+    def __init__(self, crashes: int = 0, dies: int = 0, interrupts: int = 0, refuses: int = 1000, slow: int = 0):
         self._refuses = refuses
         self.url, self.stopped, self.closed, self.sent = "made", 0, 0, list[Level]()
         self._serves = False
-        self._crashes, self._dies, self._interrupts = crashes, dies, interrupts
+        self._crashes, self._dies, self._interrupts, self._slow = crashes, dies, interrupts, slow
 
     def serve(self, document: Mapping[str, Any], models: Sequence[str]) -> "MadeMachine":
         """Starts with the settings of a file. What was served before has been ended."""
@@ -35,9 +37,16 @@ class MadeMachine:
         return self
 
     async def send(
-        self, target: Target, workload: Workload, level: Level, warm_up_s: float, seconds: float
+        self,
+        target: Target,
+        workload: Workload,
+        level: Level,
+        warm_up_s: float,
+        seconds: float,
+        together: asyncio.Barrier | None,
     ) -> Measurement:
-        """What the formula says of a level."""
+        """What the formula says of a level of one model."""
+        assert together is None
         assert (target.url, target.model, workload.name) == ("made", "m", "w")
         self.sent.append(level)
         if self._batch == self._interrupts:
@@ -53,7 +62,10 @@ class MadeMachine:
         )  # fmt: skip
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Raises StartError for the batch that crashes."""
+        """Raises StartError for the batch that crashes, and for the slow one."""
+        if self._batch == self._slow:
+            time.sleep(0.1)
+            raise StartError("m was not ready in time")
         if self._batch == self._crashes:
             raise StartError("m has failed: no room")
 

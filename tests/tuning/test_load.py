@@ -96,6 +96,21 @@ def test_the_load_goes_on_until_the_last_request_of_the_level_has_ended(server: 
     assert len(server.seen) > found.requests + 8
 
 
+def test_the_loads_of_several_models_are_sent_at_the_same_time(server: TokenServer) -> None:
+    """The quick one is measured as long as the slow one, and neither is alone meanwhile."""
+    quick, slow = Workload("quick", (Ask(10, 5),)), Workload("slow", tuple(Ask(10, 100) for _ in range(50)))
+
+    async def both() -> list[Measurement]:
+        together, target = asyncio.Barrier(2), Target(server.url, "m", 100)
+        return await asyncio.gather(
+            *(run_level(target, one, Level(clients=2), 0.1, 0.3, together) for one in (quick, slow))
+        )
+
+    few, many = asyncio.run(both())
+    assert many.seconds > 0.6
+    assert few.seconds == pytest.approx(many.seconds, abs=0.1)
+
+
 def test_an_answer_of_a_log_may_end_where_it_ends(server: TokenServer) -> None:
     """Its line has only a bound."""
     seen(server, Workload("log", (Ask(3, 5, 0, {"prompt": "Once"}, is_exact=False),)), Level(clients=1), 0.1)

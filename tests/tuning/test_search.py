@@ -70,7 +70,7 @@ def test_the_file_comes_first_and_nothing_twice() -> None:
 
 def test_it_ends_when_nothing_is_expected_to_be_better() -> None:
     """All points are equal here."""
-    where, known = space(), list[Known]()
+    where, known = space_of(WIDE, FOUR_CPUS, {"m": "pt"}, lambda points: [""] * len(points)), list[Known]()
     while (at := propose(where, known)) is not None:
         known.append(Known(at, 100.0, 0.001))
     assert len(known) < len(where.points)

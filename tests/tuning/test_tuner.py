@@ -11,7 +11,7 @@ from serve_app.tuning.journal import Journal, Trial
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score
 from serve_app.tuning.space import Axis, Point, key_of, space_of, title
-from serve_app.tuning.tuner import Task, Tuner
+from serve_app.tuning.tuner import Task, Tuner, kept_of
 from serve_app.tuning.workload import Ask, Workload
 from tests.tuning.builders import MACHINE, trial
 from tests.tuning.made_machine import MadeMachine
@@ -31,6 +31,7 @@ class Quiet:
 
     def __init__(self) -> None:
         self.ends: list[tuple[Trial, Score]] = []
+        self.cuts: list[Point] = []
 
     def began(self, trial: Trial, number: int, left_s: float) -> None:
         """Time is left at each start."""
@@ -43,6 +44,10 @@ class Quiet:
     def ended(self, trial: Trial, worth: Score) -> None:
         """Keeps it."""
         self.ends.append((trial, worth))
+
+    def cut(self, trial: Trial) -> None:
+        """Keeps the settings that were not ready in time."""
+        self.cuts.append(trial.point)
 
 
 SPACE = space_of([Axis("m", "max_num_seqs", (2, 1, 4, 8))], MACHINE, {"m": "pt"}, lambda found: [""] * len(found))
@@ -141,6 +146,25 @@ def test_a_budget_ends_it(tmp_path: Path) -> None:
         assert machine.stopped == 0
         Tuner(task(budget_s=260.0), journal, Quiet(), machine, machine.send).run()
         assert machine.stopped > 0
+
+
+def test_a_start_that_the_budget_cuts_short_says_nothing_of_its_settings(tmp_path: Path) -> None:
+    """It is not kept, so a later run starts them again."""
+    machine, view = MadeMachine(slow=2), Quiet()
+    with (
+        Journal(tmp_path / "j", {}) as journal,
+        Tuner(task(budget_s=0.05), journal, view, machine, machine.send) as tuner,
+    ):
+        found = tuner.run()
+    assert (journal.trials, view.cuts) == ([], [SPACE.default])
+    assert not found.score.is_valid
+
+
+@pytest.mark.parametrize(("starts", "kept"), [(1, 0), (2, 0), (3, 1), (12, 3), (20, 5), (100, 8)])
+def test_so_many_starts_are_kept_to_confirm(starts: int, kept: int) -> None:
+    """The search has the others. With limits, one is kept at least."""
+    assert kept_of(starts, has_limits=False) == kept
+    assert kept_of(starts, has_limits=True) == max(1, kept)
 
 
 def test_with_a_limit_the_load_rises_until_it_breaks(tmp_path: Path) -> None:

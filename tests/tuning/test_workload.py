@@ -72,6 +72,13 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, words: str) -> None:
         read_workload(str(file), 4096)
 
 
+def test_a_line_may_have_any_character_in_its_text(tmp_path: Path) -> None:
+    """Such as U+2028, at which Python's `splitlines` ends a line."""
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"prompt": "one\u2028two\x85", "max_tokens": 3}\n')
+    assert [ask.body for ask in read_workload(str(file), 4096).asks] == [{"prompt": "one\u2028two\x85"}]
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("chatt", "it is none of chat, rag, code"), ("/nowhere/a.jsonl", "No such file")]
 )
@@ -86,6 +93,7 @@ def test_texts_that_are_too_long_are_left_out_and_counted() -> None:
     body = {"prompt": "x"}
     found = fitted(Workload("log", (Ask(5000, 10, 0, body), Ask(50, 5000, 0, body))), 1000)
     assert [ask.output_tokens for ask in found.asks] == [1000 - MARGIN - 50]
-    assert "1 requests are longer than the context" in found.note
+    assert found.note.startswith("of 2 requests, 1 were left out")
+    assert found.note.endswith("and 1 get shorter answers")
     with pytest.raises(ConfigError, match="no request of it fits"):
         fitted(Workload("log", (Ask(5000, 10, 0, body),)), 1000)

@@ -40,14 +40,21 @@ def tune(options: argparse.Namespace) -> int:
     wish = _wish(options)
     setup = read_setup(wish, local_inventory(), own_cpus(), lambda text: print(f"tune: {text}", file=sys.stderr))
     require_writable_yaml(setup.text, options.config)
-    code = 0
+    code, failed = 0, None
     with _journal(options, setup, wish) as journal, TuneView(setup, journal) as view, _terminated():
         try:
             with Tuner(setup.task, journal, view) as tuner:
                 tuner.run()
         except KeyboardInterrupt:
             code = INTERRUPTED
-    return _finish(options, setup, journal, tuner, code)
+        except ConfigError as error:  # Others have taken the memory, say, or the disk is full.
+            if not journal.trials:
+                raise
+            code, failed = 2, error
+    code = _finish(options, setup, journal, tuner, code)
+    if failed is not None:
+        raise failed
+    return code
 
 
 def _finish(options: argparse.Namespace, setup: Setup, journal: Journal, tuner: Tuner, code: int) -> int:

@@ -70,7 +70,7 @@ def field_notes(setup: Setup, trials: Sequence[Trial], found: Verdict) -> Mappin
     own = changes(found.point, space.default)
     if not own:
         return {}
-    gains = field_gains(space, known_of(setup.task.objective, trials), found.point)
+    gains = field_gains(space, known_of(setup.task.objective, space, trials), found.point)
     return {
         key: f"tuned: about {gains[key] - 1:+.0%} {setup.task.objective.kind}, from {_starts(trials, key, value)}"
         if key in gains

@@ -37,7 +37,9 @@ class TuneView:
         for line in headlines(self._setup):
             self._console.print(line)
         if self._journal.trials:
-            self._console.print(f"{len(self._journal.trials)} trials of an earlier run are in {self._journal.file}")
+            count = len(self._journal.trials)
+            trials = "1 earlier trial" if count == 1 else f"{count} earlier trials"
+            self._console.print(f"Going on from {trials} in {self._journal.file}")
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -63,6 +65,11 @@ class TuneView:
         number, again = len(self._journal.trials), " again" if trial.purpose == "confirm" else ""
         self._now = ""
         self._console.print(f"[{number}] {self._title(trial)}{again}: {outcome(trial, worth, self._unit)}")
+
+    def cut(self, trial: Trial) -> None:
+        """Prints that the budget was over before the models of a trial were ready."""
+        self._now = ""
+        self._console.print(f"The budget was over before {self._title(trial)} was ready, so it was not measured.")
 
     def _title(self, trial: Trial) -> str:
         return title(trial.point, self._setup.task.space.default, len(self._setup.task.models) > 1)
