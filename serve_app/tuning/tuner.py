@@ -16,27 +16,16 @@ from serve_app.tuning.load import Target, run_level
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score, broken, rank
 from serve_app.tuning.own_serve import StartError
-from serve_app.tuning.search import propose
 from serve_app.tuning.served_file import document_of
 from serve_app.tuning.space import Point, Space
-from serve_app.tuning.verdict import (
-    CONFIRMING,
-    MOST_STARTS_OF_EACH,
-    Verdict,
-    known_of,
-    score_of,
-    to_confirm,
-    verdict,
-)
+from serve_app.tuning.strategy import next_start
+from serve_app.tuning.verdict import Verdict, score_of, verdict
 from serve_app.tuning.workload import Workload
 
 # A trial whose first level shows less than this share of the best score is not measured further.
 HOPELESS = 0.75
 # The first look at a level takes this share of its time.
 PROBE = 0.4
-# Of all starts, one in so many is kept to confirm the best, until there are enough. Beyond these, one in so many is
-# kept to start again what noise hides.
-START_PER_CONFIRMING, START_PER_REPEAT = 3, 4
 # Until a trial has been measured, one is taken to last so many seconds, beside its load.
 GUESSED_START_S = 60.0
 # A start may take so many seconds even if the budget ends meanwhile.
@@ -166,22 +155,8 @@ class Tuner:
         return self.verdict
 
     def _next(self) -> tuple[Point, Purpose] | None:
-        """Returns what to start next: a point that may be better, and once there is none, or no time for one, the best
-        again. Confirming has its share of the starts and of the time, and once it has begun it is ended first."""
-        trials, task = self._journal.trials, self._task
-        if not trials:
-            return task.space.default, "search"
-        unconfirmed = to_confirm(task.objective, task.space, trials)
-        is_confirming = unconfirmed is not None and any(trial.purpose == "confirm" for trial in trials)
-        starts_left = task.max_starts - len(trials)
-        kept = kept_of(task.max_starts, task.objective.has_limits)
-        if not is_confirming and starts_left > kept and self._has_time_for(1 + kept):
-            point = propose(task.space, known_of(task.objective, task.space, trials))
-            if point is not None:
-                return point, "search"
-        if unconfirmed is not None and starts_left > 0 and self._has_time_for(1):
-            return unconfirmed, "confirm"
-        return None
+        task = self._task
+        return next_start(task.objective, task.space, self._journal.trials, task.max_starts, self._has_time_for)
 
     def _has_time_for(self, starts: int) -> bool:
         """Returns whether so many more starts end within the budget, by the usual time of those before."""
@@ -307,13 +282,6 @@ class Tuner:
         for item in found:
             self._view.measured(item)
         return found
-
-
-def kept_of(max_starts: int, has_limits: bool) -> int:
-    """Returns how many starts are kept to confirm. With limits there is one at least, because a point counts only if it
-    keeps to them in another start."""
-    first = min(len(CONFIRMING), max_starts // START_PER_CONFIRMING)
-    return max(first, min(2 * MOST_STARTS_OF_EACH, max_starts // START_PER_REPEAT), int(has_limits))
 
 
 def _is_clean(found: Sequence[Measurement], level: Level) -> bool:

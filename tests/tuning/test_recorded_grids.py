@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,25 @@ from serve_app.tuning.search import START_NOISE
 from serve_app.tuning.space import Point, key_of
 
 GRIDS = sorted((Path(__file__).parent / "grids").glob("*.jsonl"))
-# Of the 12 starts of a run, three confirm, which this leaves out. So neighbours that differ by less than the noise may
-# be taken for each other now and then.
-STARTS, DRAWS, LEAST_SHARE, LEAST_OFTEN = 9, 20, 0.97, 0.9
+STARTS, DRAWS, LEAST_SHARE = 12, 20, 0.97
 
 
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
-def test_the_search_finds_the_best_of_a_grid(file: Path) -> None:
-    """In nine of ten runs, whose scores differ from the recorded ones as those of two starts do."""
+@pytest.mark.parametrize(("noise", "least_often", "least_mean"), [(0.02, 0.9, 0.99), (START_NOISE, 0.6, 0.98)])
+def test_the_search_finds_the_best_of_a_grid(file: Path, noise: float, least_often: float, least_mean: float) -> None:
+    """Where starts differ by 2 % in nine of ten runs. Where they differ by 4 %, as on the machine of the grids, it may
+    take neighbours for each other, which are 4 % apart there."""
     space, scores = recorded(file)
     best, shares = max(scores.values()), list[float]()
     for seed in range(DRAWS):
         draw = random.Random(seed)
 
         def worth(point: Point, draw: random.Random = draw) -> float:
-            return scores[key_of(point)] * math.exp(draw.gauss(0, START_NOISE))
+            return scores[key_of(point)] * math.exp(draw.gauss(0, noise))
 
         shares.append(scores[key_of(ours(space, worth, STARTS, draw))] / best)
-    assert sum(share >= LEAST_SHARE for share in shares) >= LEAST_OFTEN * DRAWS, sorted(shares)
+    assert sum(share >= LEAST_SHARE for share in shares) >= least_often * DRAWS, sorted(shares)
+    assert statistics.fmean(shares) >= least_mean
 
 
 def test_there_are_grids() -> None:

@@ -11,7 +11,8 @@ from serve_app.tuning.journal import Journal, Trial
 from serve_app.tuning.measurement import Level, Measurement
 from serve_app.tuning.objective import Objective, Score
 from serve_app.tuning.space import Axis, Point, key_of, space_of, title
-from serve_app.tuning.tuner import Task, Tuner, kept_of
+from serve_app.tuning.strategy import kept_of
+from serve_app.tuning.tuner import Task, Tuner
 from serve_app.tuning.workload import Ask, Workload
 from tests.tuning.builders import MACHINE, trial
 from tests.tuning.made_machine import MadeMachine
