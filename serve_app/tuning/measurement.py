@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# The time of a level is cut into so many parts, and what differs between them says how far the rate may be off.
-PARTS = 6
+# The time of a level is cut into so many parts, and what differs between them says how far the rate may be off. There
+# are fewer if requests are long: clients whose answers are all equally long stay in step, so that parts of a request's
+# time have very different rates, and tell nothing of the mean.
+PARTS, LEAST_PARTS = 6, 2
+# No request is taken to be shorter than this.
+MOMENT_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -81,21 +85,18 @@ def measured(model: str, level: Level, samples: Sequence[Sample], begin: float, 
     """
     good = [sample for sample in samples if not sample.error]
     inside = [sample for sample in good if begin <= sample.due < end]
-    parts = [_tokens(good, *_part(begin, end, number)) for number in range(PARTS)]
+    wholes = [sample.end - sample.due for sample in inside]
+    count = max(LEAST_PARTS, min(PARTS, int((end - begin) / max(_at(wholes, 0.5), MOMENT_S))))
+    step = (end - begin) / count
+    parts = [_tokens(good, begin + part * step, begin + (part + 1) * step) for part in range(count)]
     rate = sum(parts) / (end - begin)
     firsts = [sample.first - sample.due for sample in inside if sample.first is not None]
     paces = [_pace(sample) for sample in inside if sample.first is not None and sample.tokens > 1]
-    wholes = [sample.end - sample.due for sample in inside]
     errors = Counter(sample.error for sample in samples if sample.error and sample.end >= begin)
     return Measurement(
         model, level, end - begin, len(inside), rate, _relative_error(parts), _at(firsts, 0.5), _at(firsts, 0.95),
         _at(paces, 0.5), _at(paces, 0.95), _at(wholes, 0.5), dict(errors),
     )  # fmt: skip
-
-
-def _part(begin: float, end: float, number: int) -> tuple[float, float]:
-    step = (end - begin) / PARTS
-    return begin + number * step, begin + (number + 1) * step
 
 
 def _tokens(samples: Sequence[Sample], begin: float, end: float) -> float:

@@ -28,6 +28,8 @@ HOPELESS = 0.75
 PROBE = 0.4
 # Until a trial has been measured, one is taken to last so many seconds, beside its load.
 GUESSED_START_S = 60.0
+# No trial is taken to last less than this.
+LEAST_TRIAL_S = 0.001
 # A start may take so many seconds even if the budget ends meanwhile.
 LEAST_START_S = 60.0
 
@@ -156,13 +158,13 @@ class Tuner:
 
     def _next(self) -> tuple[Point, Purpose] | None:
         task = self._task
-        return next_start(task.objective, task.space, self._journal.trials, task.max_starts, self._has_time_for)
+        return next_start(task.objective, task.space, self._journal.trials, task.max_starts, self._in_time())
 
-    def _has_time_for(self, starts: int) -> bool:
-        """Returns whether so many more starts end within the budget, by the usual time of those before."""
+    def _in_time(self) -> int:
+        """Returns how many more starts end within the budget, by the usual time of those before."""
         trials = [trial.total_s for trial in self._journal.trials]
         each = sorted(trials)[len(trials) // 2] if trials else GUESSED_START_S + self._task.load_s
-        return starts * each <= self._left_s()
+        return max(0, math.floor(self._left_s() / max(each, LEAST_TRIAL_S)))
 
     def _left_s(self) -> float:
         return self._task.budget_s - (time.monotonic() - self._began)

@@ -61,3 +61,9 @@ def test_it_goes_through_the_journal() -> None:
     """As JSON and back."""
     found = measured("m", LEVEL, [Sample(0.0, 0.1, 1.0, 10)], 0.0, 1.0)
     assert Measurement.from_json(found.to_json()) == found
+
+
+def test_clients_in_step_do_not_look_like_noise() -> None:
+    """Their answers all begin and end at the same moments. A part of the time is as long as an answer at least."""
+    samples = [Sample(4.0 * turn, 4.0 * turn + 2, 4.0 * turn + 4, 32) for turn in range(6) for _ in range(16)]
+    assert measured("m", LEVEL, samples, 4.0, 20.0).noise < 0.01
