@@ -209,12 +209,18 @@ def _add_tune(commands: Any) -> None:
 
 def _counts(text: str) -> tuple[int, ...]:
     """Returns whole numbers that commas separate."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them") from None
 
 
 def _rates(text: str) -> tuple[float, ...]:
     """Returns numbers that commas separate."""
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
 
 
 def _add_run(commands: Any) -> None:

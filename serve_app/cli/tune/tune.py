@@ -73,7 +73,7 @@ def _finish(options: argparse.Namespace, setup: Setup, journal: Journal, tuner: 
         write_file(options.write, tuned_text(setup, journal.trials, found))
         print(f"The file with the best settings is {options.write}.")
     if code:
-        print(f"The same command goes on from {len(journal.trials)} trials in {journal.file}.", file=sys.stderr)
+        print(f"The same command goes on from what was measured, which is in {journal.file}.", file=sys.stderr)
         return code
     return 0 if found.score.is_valid and found.is_final else 1
 

@@ -20,6 +20,7 @@ from tests.cli.tune.builders import TEXT, setup
         (["--workload", "talk"], "--workload talk: it is none of chat, rag, code"),
         (["--free", "num_cpu"], "--free num_cpu: this field is not tuned. Did you mean 'num_cpus'?"),
         (["--clients", "0"], "--clients and --rate must be numbers above 0"),
+        (["--rate", "nan"], "--clients and --rate must be numbers above 0"),
         (["--rate", "inf"], "--clients and --rate must be numbers above 0"),
         (["--max-starts", "0"], "--max-starts must be 1 or more"),
         (["--write", "/nowhere/x.yaml"], "there is no folder /nowhere"),
